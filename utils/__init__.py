@@ -1,0 +1,1 @@
+"""Metrics, checkpoint files, logging and pictures: helpers that know no model."""
