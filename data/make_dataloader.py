@@ -1,0 +1,272 @@
+"""Batches of aligned RGB, NI and TI images, for training by identity and for evaluation in a fixed order."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from yacs.config import CfgNode
+
+from utils.errors import UserError
+from utils.modalities import MODALITIES
+
+from .datasets import DatasetSplits, Sample, load_dataset
+from .images import check_images, read_triple
+from .sampler import Draw, IdentityBatchSampler
+from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
+
+logger = logging.getLogger(__name__)
+
+PREFETCH = 2
+"""Batches that a worker process prepares ahead."""
+SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B triples.
+
+    Attributes:
+        images: modality -> (B, 3, H, W) float32, normalised.
+        pid: (B,) int64, training labels 0..ids-1, in evaluation the identities as the files name them.
+        camid: (B,) int64, cameras from 0.
+        sceneid: (B,) int64, -1 where the data set has no scenes.
+        index: (B,) int64, place in the list of training or of evaluation triples.
+        path: B paths of the RGB images.
+    """
+
+    images: dict[str, Tensor]
+    pid: Tensor
+    camid: Tensor
+    sceneid: Tensor
+    index: Tensor
+    path: list[str]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on a device; paths stay as they are."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which `to(device, non_blocking=True)` copies while the host goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            images={modality: function(image) for modality, image in self.images.items()},
+            **{name: function(getattr(self, name)) for name in ("pid", "camid", "sceneid", "index")},
+        )
+
+
+def collate(items: Sequence[tuple]) -> Batch:
+    """Joins items of a `TripleDataset`, tuples in the order of Batch's fields."""
+    images, pid, camid, sceneid, index, path = default_collate(items)
+    return Batch(images, pid, camid, sceneid, index, list(path))
+
+
+class TripleDataset(Dataset):
+    """The triples of a list, as `transform` makes them."""
+
+    def __init__(self, samples: Sequence[Sample], transform: TrainTransform | EvalTransform):
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple:
+        sample = self.samples[index]
+        images = dict(zip(MODALITIES, self.transform(read_triple(sample)), strict=True))
+        return images, sample.pid, sample.camid, sample.sceneid, index, sample.path
+
+
+class AugmentedDataset(Dataset):
+    """Training triples; the augmentation of a `Draw` depends on the seed, its epoch and its position alone."""
+
+    def __init__(self, triples: TripleDataset, seed: int):
+        self.triples = triples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    def __getitem__(self, draw: Draw) -> tuple:
+        with seeded(self.seed, draw.epoch, draw.position):
+            return self.triples[draw.index]
+
+
+class TrainLoader:
+    """The batches of one epoch; `set_epoch` comes before each pass.
+
+    Nothing depends on the number of workers or on the global random state, and neither is changed: a run that stopped
+    after step s of an epoch goes on with `set_epoch(epoch, start_step=s)` and sees the batches it would have seen.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        self.dataset: AugmentedDataset = loader.dataset
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Chooses the epoch (from 1); the next pass leaves out its first `start_step` batches."""
+        self.loader.batch_sampler.set_epoch(epoch, start_step)
+
+    def __len__(self) -> int:
+        """Batches of the chosen epoch, counted from its beginning; varies a little from epoch to epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self.loader)
+
+
+class EvalLoader:
+    """Every distinct triple of query and gallery once, in a fixed order.
+
+    Attributes:
+        query, gallery: int64 indices into that order.
+        pids, camids, sceneids: int64, one entry a triple.
+        paths: the RGB images' files.
+        protocol: "camera" or "scene", what a match must not share with its query.
+    """
+
+    def __init__(self, loader: DataLoader, query: Sequence[Sample], gallery: Sequence[Sample], protocol: str):
+        self.loader = loader
+        self.protocol = protocol
+        self.dataset: TripleDataset = loader.dataset
+        samples = self.dataset.samples
+        place = {sample: index for index, sample in enumerate(samples)}
+        self.query, self.gallery = (torch.tensor([place[sample] for sample in split]) for split in (query, gallery))
+        self.pids = torch.tensor([sample.pid for sample in samples])
+        self.camids = torch.tensor([sample.camid for sample in samples])
+        self.sceneids = torch.tensor([sample.sceneid for sample in samples])
+        self.paths = [sample.path for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self.loader)
+
+
+@dataclass(frozen=True)
+class ReidData:
+    """What training and evaluation see of a data set.
+
+    Attributes:
+        train: None where the training set was not asked for.
+        val: query and gallery.
+        num_classes: training identities; 0 where there is no training folder.
+        num_cameras: rows a camera embedding needs, see `DatasetSplits.num_cameras`.
+        identities: label -> identity as the files name it.
+    """
+
+    train: TrainLoader | None
+    val: EvalLoader
+    num_classes: int
+    num_cameras: int
+    identities: tuple[int, ...]
+
+
+def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
+    """Builds the loaders that DATASETS, DATALOADER, INPUT, SOLVER and TEST describe.
+
+    Args:
+        train: False builds no training loader, decodes nothing beforehand and does not ask for a training folder.
+
+    Raises:
+        UserError: what is wrong with the data set, the batch size or, under DATASETS.CHECK, the image files.
+    """
+    names = cfg.DATASETS.NAMES
+    splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
+    evaluated = list(dict.fromkeys(splits.query + splits.gallery))
+    workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
+    if train and cfg.DATASETS.CHECK:
+        check_images(splits.train + evaluated, workers)
+
+    augment, prepare = make_transforms(cfg)
+    pin_memory = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
+    val = DataLoader(
+        TripleDataset(evaluated, prepare),
+        batch_size=cfg.TEST.IMS_PER_BATCH,
+        **_worker_options(workers, cfg.TEST.IMS_PER_BATCH, cfg.INPUT.SIZE_TEST, pin_memory),
+    )
+    return ReidData(
+        train=_train_loader(cfg, splits, augment, workers, pin_memory) if train else None,
+        val=EvalLoader(val, splits.query, splits.gallery, splits.protocol),
+        num_classes=len(splits.identities),
+        num_cameras=splits.num_cameras,
+        identities=splits.identities,
+    )
+
+
+def _train_loader(
+    cfg: CfgNode, splits: DatasetSplits, augment: TrainTransform, workers: int, pin_memory: bool
+) -> TrainLoader:
+    label = {pid: index for index, pid in enumerate(splits.identities)}
+    samples = [replace(sample, pid=label[sample.pid]) for sample in splits.train]
+    sampler = IdentityBatchSampler(
+        [sample.pid for sample in samples],
+        ids_per_batch=cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE,
+        instances=cfg.DATALOADER.NUM_INSTANCE,
+        seed=cfg.SOLVER.SEED,
+    )
+    options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH, cfg.INPUT.SIZE_TRAIN, pin_memory)
+    return TrainLoader(
+        DataLoader(
+            AugmentedDataset(TripleDataset(samples, augment), cfg.SOLVER.SEED),
+            batch_sampler=sampler,
+            persistent_workers=options["num_workers"] > 0,
+            **options,
+        )
+    )
+
+
+def count_workers(requested: int) -> int:
+    """DATALOADER.NUM_WORKERS as worker processes: -1 leaves one core free, and more than the cores are not started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if requested < 0:
+        return cores - 1
+    if requested > cores:
+        logger.info("DATALOADER.NUM_WORKERS: %d workers instead of %d, one for each core", cores, requested)
+    return min(requested, cores)
+
+
+def _worker_options(workers: int, batch_size: int, size: Sequence[int], pin_memory: bool) -> dict:
+    """Options of DataLoader common to training and evaluation; fewer workers where shared memory is too small."""
+    if workers and os.path.isdir(SHARED_MEMORY):
+        batch_bytes = 4 * batch_size * len(MODALITIES) * 3 * size[0] * size[1]
+        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes)
+        if affordable < workers:
+            logger.warning(
+                "%s has room for the batches of %d workers instead of %d; in a container, start it with more "
+                "shared memory (docker run --shm-size=8g) to load faster",
+                SHARED_MEMORY,
+                affordable,
+                workers,
+            )
+            workers = affordable
+    return {
+        "num_workers": workers,
+        "prefetch_factor": PREFETCH if workers else None,
+        "collate_fn": collate,
+        "pin_memory": pin_memory,
+        "generator": torch.Generator(),  # of its own, so that a pass leaves the global random state alone
+    }
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's batches; what went wrong in a worker process is told without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A data loading process ended unexpectedly ({error}). This is most often a lack of memory: lower "
+            "DATALOADER.NUM_WORKERS (0 loads in the main process) or the batch size."
+        ) from error
