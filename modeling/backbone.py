@@ -1,0 +1,219 @@
+"""The image backbone: a timm ViT with a camera embedding and, for CLIP, the projection into its joint space.
+
+Shape letters: B batch, N patches, L tokens (prefix and patches), W width of the ViT, C channels after the projection.
+"""
+
+import difflib
+from collections.abc import Iterator
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from utils.errors import UserError
+
+ALIASES = {"ViT-B-16": "vit_base_patch16_clip_quickgelu_224.openai"}
+"""Names that users of CLIP-based re-identification know, and what timm calls them."""
+
+VIT_FAMILIES = ("vision_transformer", "deit", "eva")
+"""The timm modules whose models are plain ViTs: a class token, perhaps registers, and one token a patch."""
+
+
+class Backbone(nn.Module):
+    """A ViT of timm that returns patch tokens and a global feature, whatever prefix tokens it has between them.
+
+    Args:
+        vit_name: "ViT-B-16" (CLIP) or the name of a ViT in timm, with or without a tag of pretrained weights.
+        img_size: (height, width) of every image, in pixels.
+        stride: (vertical, horizontal) step between patches, in pixels; smaller than the patch makes them overlap. The
+            grid has floor((size - patch) / stride) + 1 patches a side. None takes the patch size.
+        depth: number of blocks, counted from the first; 0 takes all that the named ViT has.
+        num_cameras: size of the camera embedding; 0 for none.
+        sie_coe: factor on the camera embedding (side information embedding, TransReID, ICCV 2021).
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        drop: dropout behind the linear layers of attention and MLP.
+        attn_drop: dropout of the attention weights.
+
+    Attributes:
+        grid: (rows, columns) of patches; num_patches is their product.
+        width: W; embed_dim: C.
+        vit: timm's module; proj: Linear (W -> C), or Identity where the ViT has no projection.
+        cam_embed: (num_cameras, W), or None.
+
+    Raises:
+        UserError: the name is unknown or no ViT, or the images and the stride do not suit its patches.
+    """
+
+    def __init__(
+        self,
+        vit_name: str,
+        *,
+        img_size: tuple[int, int],
+        stride: tuple[int, int] | None = None,
+        depth: int = 0,
+        num_cameras: int = 0,
+        sie_coe: float = 1.0,
+        drop_path: float = 0.0,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.timm_name = find_vit(vit_name)
+        self.img_size, self.depth_limit, self.sie_coe = (img_size[0], img_size[1]), depth, sie_coe
+        self.grad_checkpointing = False
+
+        def create(size: tuple[int, int]) -> nn.Module:
+            return timm.create_model(
+                self.timm_name,
+                pretrained=False,
+                num_classes=0,
+                img_size=size,
+                dynamic_img_size=False,
+                drop_path_rate=drop_path,
+                proj_drop_rate=drop,
+                attn_drop_rate=attn_drop,
+                **({"depth": depth} if depth else {}),
+            )
+
+        self.vit = create(self.img_size)
+        if self.vit.cls_token is None or not isinstance(self.vit.patch_embed, PatchEmbed):
+            raise UserError(
+                f"MODEL.TRANSFORMER_TYPE: {vit_name} has no class token or no plain patch embedding; choose a ViT "
+                "that has both, such as ViT-B-16, vit_base_patch16_224 or vit_base_patch16_dinov3."
+            )
+        patch = self.vit.patch_embed.patch_size
+        stride = patch if stride is None else (stride[0], stride[1])
+        self.grid = patch_grid(self.img_size, patch, stride)
+        self.num_patches = self.grid[0] * self.grid[1]
+        if stride != patch:
+            # What timm lays out for the image whose patches stand side by side in this grid, then moved together.
+            self.vit = create((self.grid[0] * patch[0], self.grid[1] * patch[1]))
+            self.vit.patch_embed.img_size, self.vit.patch_embed.proj.stride = self.img_size, stride
+        self.vit.attn_pool = None  # a pooling head of some ViTs: the class token is the global here
+
+        self.width = self.embed_dim = self.vit.embed_dim
+        self.proj: nn.Module = nn.Identity()
+        if projection := projection_dim(self.vit.pretrained_cfg):
+            self.embed_dim = projection
+            self.proj = nn.Linear(self.width, projection, bias=False)
+            nn.init.normal_(self.proj.weight, std=self.width**-0.5)
+
+        self.cam_embed = nn.Parameter(torch.empty(num_cameras, self.width)) if num_cameras else None
+        if self.cam_embed is not None:
+            nn.init.trunc_normal_(self.cam_embed, std=0.02)
+
+    def forward(self, x: Tensor, camid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (B, 3, H, W) normalised images; modalities are stacked along the batch.
+            camid: (B,) int64 camera of each image; None takes the mean camera embedding.
+
+        Returns:
+            Patch tokens (B, N, C) and globals (B, C): the class token, behind the same norm and projection.
+
+        Raises:
+            UserError: the images are not of the size given at construction.
+        """
+        if x.shape[-2:] != self.img_size:
+            raise UserError(
+                f"got images of {x.shape[-2]}x{x.shape[-1]} pixels, but this backbone was built for "
+                f"{self.img_size[0]}x{self.img_size[1]} (height x width, INPUT.SIZE_TRAIN)."
+            )
+        tokens, block_kwargs = self._embed(x)
+        tokens = self.vit.norm_pre(self._add_camera(tokens, camid))
+        for block, kwargs in zip(self.vit.blocks, block_kwargs, strict=True):
+            if self.grad_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **kwargs)
+            else:
+                tokens = block(tokens, **kwargs)
+        tokens = self.proj(self.vit.fc_norm(self.vit.norm(tokens)))  # timm fills one of the two norms
+        return tokens[:, self.vit.num_prefix_tokens :], tokens[:, 0]
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Images -> tokens (B, L, W) with their positions, and what each block takes beside them: Eva's hold a rope."""
+        vit = self.vit
+        embedded = vit._pos_embed(vit.patch_embed(x))
+        if not isinstance(vit, Eva):
+            return embedded, [{}] * len(vit.blocks)
+        tokens, rope = embedded
+        ropes: Iterator[Tensor] | list[Tensor] = rope if vit.rope_mixed else [rope] * len(vit.blocks)
+        return tokens, [{"rope": r} for r in ropes]
+
+    def _add_camera(self, tokens: Tensor, camid: Tensor | None) -> Tensor:
+        """Adds the camera's embedding to the class token of (B, L, W); patch tokens do not see the camera."""
+        if self.cam_embed is None:
+            return tokens
+        camera = self.cam_embed.mean(dim=0, keepdim=True) if camid is None else self.cam_embed[camid]
+        return torch.cat([tokens[:, :1] + self.sie_coe * camera.unsqueeze(1), tokens[:, 1:]], dim=1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the input of each block and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
+
+def find_vit(name: str) -> str:
+    """The timm name behind `name`.
+
+    Raises:
+        UserError: timm has no such ViT; the message gives the nearest names.
+    """
+    timm_name = ALIASES.get(name, name)
+    architecture, _, tag = timm_name.partition(".")
+    vits = [vit for family in VIT_FAMILIES for vit in timm.list_models(module=family)]
+    if architecture in vits:
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        if not tag or timm_name in tagged:
+            return timm_name
+        known = ", ".join(tagged) or "none"
+        raise UserError(f"MODEL.TRANSFORMER_TYPE: timm has no weights {timm_name}; of this ViT it has {known}.")
+    nearest = difflib.get_close_matches(architecture, [*ALIASES, *vits], n=3, cutoff=0.5)
+    fault = "is no plain ViT" if timm.is_model(architecture) else "is not known to timm"
+    hint = f"nearest: {', '.join(nearest)}" if nearest else "try ViT-B-16 or vit_base_patch16_224"
+    raise UserError(f"MODEL.TRANSFORMER_TYPE: {name} {fault}; {hint}.")
+
+
+def patch_grid(img_size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the patches that fit into an image, all arguments (vertical, horizontal) in pixels.
+
+    Raises:
+        UserError: the image is smaller than a patch, or the stride leaves pixels out between patches.
+    """
+    if any(not 1 <= s <= p for s, p in zip(stride, patch, strict=True)):
+        raise UserError(
+            f"MODEL.STRIDE_SIZE is {list(stride)}, but the patches of this ViT are {patch[0]}x{patch[1]} pixels and a "
+            f"larger step leaves pixels out between them: set it to {list(patch)}, or smaller for overlap."
+        )
+    if any(size < p for size, p in zip(img_size, patch, strict=True)):
+        raise UserError(f"INPUT.SIZE_TRAIN is {list(img_size)}, smaller than a patch of {patch[0]}x{patch[1]} pixels.")
+    rows, columns = ((size - p) // s + 1 for size, p, s in zip(img_size, patch, stride, strict=True))
+    return rows, columns
+
+
+def projection_dim(pretrained_cfg: dict) -> int:
+    """Width of the projection behind a CLIP image tower, 0 for other ViTs.
+
+    timm keeps the projection as `head`; in a CLIP model finetuned to classify ("ft" in the tag) that is a classifier.
+    """
+    is_clip = "_clip_" in pretrained_cfg["architecture"] and "ft" not in (pretrained_cfg.get("tag") or "").split("_")
+    return pretrained_cfg["num_classes"] if is_clip else 0
+
+
+def resize_position_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resizes the position embedding of a grid of patches, bilinearly without antialiasing, as DeMo does.
+
+    Args:
+        positions: (old[0] * old[1], W), row by row, without the entries of prefix tokens.
+        old: (rows, columns) of the grid that `positions` has.
+        new: (rows, columns) wanted.
+
+    Returns:
+        (new[0] * new[1], W)
+    """
+    if old == new:
+        return positions
+    planes = positions.T.reshape(1, -1, *old)
+    return F.interpolate(planes, size=new, mode="bilinear", align_corners=False).flatten(2)[0].T

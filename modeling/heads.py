@@ -1,0 +1,22 @@
+"""The classification head of every branch."""
+
+from torch import Tensor, nn
+
+
+class BNNeck(nn.Module):
+    """Batch normalisation without shift, then a linear classifier (Luo et al., Bag of Tricks for re-ID, 2019).
+
+    Metric losses see the feature before the normalisation, the classifier the one behind it.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int):
+        super().__init__()
+        self.bottleneck = nn.BatchNorm1d(feature_dim)
+        self.bottleneck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(feature_dim, num_classes, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """feature (B, D) -> normalised feature (B, D) and logits (B, ids)."""
+        normalised = self.bottleneck(feature)
+        return normalised, self.classifier(normalised)

@@ -1,0 +1,252 @@
+"""The model that joins it all: backbone, then the branches `ori`, `moe` and `sdtps`, each with its head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timm.layers.activations import QuickGELU
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from modeling import foreign
+from modeling.backbone import Backbone
+from modeling.fusion import Fusion
+from modeling.heads import BNNeck
+from modeling.pooling import make_pool
+from modeling.pretrained import load_pretrained
+from modeling.sdtps import SDTPS, Selection
+from utils.errors import UserError
+from utils.modalities import MODALITIES
+
+
+@dataclass
+class ReIDOutput:
+    """What the model returns, in training and in evaluation alike."""
+
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """(B, D) of each branch: `ori`, `moe`, `sdtps`, those that the model has; `both` joins them in this order. With a
+    head per modality also `RGB`, `NI`, `TI`."""
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """(B, ids) of each head: the branches, with `RGB`, `NI`, `TI` in the place of `ori` if each modality has a head."""
+    selection: Selection | None = None
+    """What SDTPS chose."""
+
+
+@dataclass
+class Encoded:
+    """The backbone's view of a batch, each field per modality: patches (B, N, C) and class tokens (B, C)."""
+
+    patches: dict[str, Tensor]
+    class_tokens: dict[str, Tensor]
+    present: Tensor | None = None
+
+
+class Reduce(nn.Module):
+    """GLOBAL_LOCAL: joins a global (B, C) with the mean of its patches (B, N, C) and reduces the pair to (B, C)."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * embed_dim)
+        self.linear = nn.Linear(2 * embed_dim, embed_dim)
+        self.act = QuickGELU()
+
+    def forward(self, global_: Tensor, patches: Tensor) -> Tensor:
+        return self.act(self.linear(self.norm(torch.cat([global_, patches.mean(dim=1)], dim=-1))))
+
+
+class ReIDModel(nn.Module):
+    """Multi-modal re-identification model; `make_model` builds it from a config.
+
+    Args:
+        backbone: images (B, 3, H, W) and cameras (B,) -> patches (B, N, C) and globals (B, C).
+        num_classes: identities of the classifiers.
+        global_local: reduce each global together with its pooled patches.
+        head_per_modality: a head for each modality in the place of one on the concatenated globals (DIRECT 0).
+        fusion: branch `moe`, from per-modality patches and globals; None for none.
+        sdtps: branch `sdtps`; None for none.
+        sdtps_pool: name of the pooling behind it.
+        sdtps_global: "class" scores patches against the class token, "reduced" against the reduced global.
+        sdtps_only: no other branch than `sdtps`.
+        neck_feat: features in evaluation are taken "before" or "after" the BNNeck.
+        branch_norm: in evaluation, bring each branch to unit length before `both` joins them.
+        frozen: the backbone receives no gradient.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        num_classes: int,
+        global_local: bool = False,
+        head_per_modality: bool = False,
+        fusion: Fusion | None = None,
+        sdtps: SDTPS | None = None,
+        sdtps_pool: str = "attention",
+        sdtps_global: str = "class",
+        sdtps_only: bool = False,
+        neck_feat: str = "before",
+        branch_norm: bool = False,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        width = backbone.embed_dim
+        self.backbone = backbone.requires_grad_(not frozen)
+        self.fusion, self.sdtps = fusion, sdtps
+        self.sdtps_global, self.neck_feat, self.branch_norm = sdtps_global, neck_feat, branch_norm
+        needs_reduced = not sdtps_only or sdtps_global == "reduced"
+        self.reduce = nn.ModuleDict({m: Reduce(width) for m in MODALITIES}) if global_local and needs_reduced else None
+
+        head_dims = {}  # `ori` first: its initial weights do not depend on the branches beside it
+        if not sdtps_only:
+            if head_per_modality:
+                head_dims.update(dict.fromkeys(MODALITIES, width))
+            else:
+                head_dims["ori"] = len(MODALITIES) * width
+        if fusion is not None:
+            head_dims["moe"] = fusion.feature_dim
+        if sdtps is not None:
+            head_dims["sdtps"] = len(MODALITIES) * width
+        self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
+        if sdtps is not None:
+            self.pool = nn.ModuleDict({m: make_pool(sdtps_pool, width) for m in MODALITIES})
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of this model, in the order in which `both` joins them."""
+        ori = () if set(self.heads) == {"sdtps"} else ("ori",)
+        return ori + tuple(name for name in ("moe", "sdtps") if name in self.heads)
+
+    def forward(
+        self, images: dict[str, Tensor], camid: Tensor | None = None, present: Tensor | None = None
+    ) -> ReIDOutput:
+        """
+        Args:
+            images: per modality (B, 3, H, W), normalised.
+            camid: (B,) int64 camera of each sample; None takes the mean camera embedding.
+            present: (B, M) bool, which modalities each sample has, in the order RGB, NI, TI; None means all. A missing
+                one passes through the backbone as a zero image, as in DeMo, and SDTPS leaves it out.
+        """
+        return self.decode(self.encode(images, camid, present))
+
+    def encode(self, images: dict[str, Tensor], camid: Tensor | None = None, present: Tensor | None = None) -> Encoded:
+        """Runs the backbone once over all modalities."""
+        x = torch.stack([images[m] for m in MODALITIES])  # (M, B, 3, H, W)
+        if present is not None:
+            x = torch.where(present.T[:, :, None, None, None], x, 0.0)
+        cameras = None if camid is None else camid.repeat(len(MODALITIES))
+        patches, class_tokens = self.backbone(x.flatten(0, 1), cameras)
+
+        def split(tokens: Tensor) -> dict[str, Tensor]:
+            return dict(zip(MODALITIES, tokens.chunk(len(MODALITIES)), strict=True))
+
+        return Encoded(split(patches), split(class_tokens), present)
+
+    def decode(self, encoded: Encoded) -> ReIDOutput:
+        """Everything behind the backbone: the branches and their heads."""
+        patches, class_tokens = encoded.patches, encoded.class_tokens
+        globals_ = class_tokens
+        if self.reduce is not None:
+            globals_ = {m: self.reduce[m](class_tokens[m], patches[m]) for m in MODALITIES}
+
+        features, selection = {}, None
+        if "ori" in self.branches:
+            features["ori"] = torch.cat([globals_[m] for m in MODALITIES], dim=-1)
+        if self.fusion is not None:
+            features["moe"] = self.fusion(patches, globals_)
+        if self.sdtps is not None:
+            anchors = globals_ if self.sdtps_global == "reduced" else class_tokens
+            selection = self.sdtps(patches, anchors, encoded.present)
+            features["sdtps"] = torch.cat([self.pool[m](selection.tokens[m]) for m in MODALITIES], dim=-1)
+        if "RGB" in self.heads:
+            features.update(globals_)
+
+        logits = {}
+        for name, head in self.heads.items():
+            normalised, logits[name] = head(features[name])
+            if not self.training and self.neck_feat == "after":
+                features[name] = normalised
+        if "RGB" in self.heads:
+            features["ori"] = torch.cat([features[m] for m in MODALITIES], dim=-1)
+        if len(self.branches) > 1:
+            features["both"] = torch.cat([self._joined(features[name]) for name in self.branches], dim=-1)
+        return ReIDOutput(features, logits, selection)
+
+    def _joined(self, feature: Tensor) -> Tensor:
+        return F.normalize(feature, dim=-1) if self.branch_norm and not self.training else feature
+
+    def translate_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Renames the weights of a DeMo checkpoint, or one of its fork, to this model's names; ours pass unchanged."""
+        return foreign.translate(state)
+
+    def explain_mismatch(self, name: str, file_shape: Sequence[int]) -> str:
+        """What to set so that a tensor of that shape fits, in words; "" if there is nothing to say."""
+        return foreign.explain_mismatch(name, file_shape, self.sdtps.num_kept) if self.sdtps is not None else ""
+
+
+def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: bool = True) -> ReIDModel:
+    """Builds the model that a config describes.
+
+    Args:
+        cfg: see `configs.load_cfg`.
+        num_classes: identities of the training set.
+        num_cameras: cameras of the data set; used if MODEL.SIE_CAMERA.
+        pretrained: load the backbone's weights as the config says; False fetches nothing and starts at random.
+
+    Raises:
+        UserError: the backbone is unknown, its weights cannot be had or do not fit, or HEAD does not divide the width.
+    """
+    m = cfg.MODEL
+    backbone = Backbone(
+        m.TRANSFORMER_TYPE,
+        img_size=tuple(cfg.INPUT.SIZE_TRAIN),
+        stride=tuple(m.STRIDE_SIZE),
+        depth=m.DEPTH,
+        num_cameras=num_cameras if m.SIE_CAMERA else 0,
+        sie_coe=m.SIE_COE,
+        drop_path=m.DROP_PATH,
+        drop=m.DROP_OUT,
+        attn_drop=m.ATT_DROP_RATE,
+    )
+    if pretrained and m.PRETRAINED:
+        load_pretrained(backbone, m.PRETRAIN_PATH_T)
+    backbone.set_grad_checkpointing(cfg.SOLVER.GRAD_CHECKPOINT)
+
+    with torch.random.fork_rng(devices=[]):  # switching these branches leaves the initial weights of the rest alone
+        fusion = _make_fusion(m, backbone) if m.HDM and m.ATM else None
+        sdtps = _make_sdtps(m, backbone) if m.USE_SDTPS else None
+    return ReIDModel(
+        backbone,
+        num_classes=num_classes,
+        global_local=m.GLOBAL_LOCAL,
+        head_per_modality=m.DIRECT == 0,
+        fusion=fusion,
+        sdtps=sdtps,
+        sdtps_pool=m.SDTPS_POOL,
+        sdtps_global=m.SDTPS_GLOBAL,
+        sdtps_only=m.SDTPS_ONLY,
+        neck_feat=cfg.TEST.NECK_FEAT,
+        branch_norm=cfg.TEST.BRANCH_NORM,
+        frozen=m.FROZEN,
+    )
+
+
+def _make_fusion(m: CfgNode, backbone: Backbone) -> Fusion:
+    if backbone.embed_dim % m.HEAD:
+        raise UserError(f"MODEL.HEAD is {m.HEAD}, expected a divisor of the feature width {backbone.embed_dim}")
+    return Fusion(backbone.embed_dim, m.HEAD)
+
+
+def _make_sdtps(m: CfgNode, backbone: Backbone) -> SDTPS:
+    return SDTPS(
+        embed_dim=backbone.embed_dim,
+        num_patches=backbone.num_patches,
+        sparse_ratio=m.SDTPS_SPARSE_RATIO,
+        aggr_ratio=m.SDTPS_AGGR_RATIO,
+        beta=m.SDTPS_BETA,
+        temperature=m.SDTPS_TEMPERATURE,
+        score_grad=m.SDTPS_SCORE_GRAD,
+        similarity=m.SDTPS_SIMILARITY,
+        use_gumbel=m.SDTPS_USE_GUMBEL,
+        gumbel_tau=m.SDTPS_GUMBEL_TAU,
+    )
