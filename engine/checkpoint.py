@@ -1,0 +1,207 @@
+"""The state of a run: what a checkpoint holds, and how a run goes on from one."""
+
+import logging
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from timm.utils import ModelEmaV3
+from torch import nn
+from yacs.config import CfgNode
+
+import configs
+from engine.meters import Meters
+from utils.checkpoint import has_part, load_weights, read_file, save_file
+from utils.errors import UserError
+from utils.files import save_copy
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Version of the checkpoint format."""
+NOT_COMPARED = ("TEST.WEIGHT", "OUTPUT_DIR", "SOLVER.REINIT")
+"""Keys whose edit is no news when a run goes on."""
+
+
+@dataclass
+class Start:
+    """What TEST.WEIGHT gives a training run to go on from."""
+
+    path: Path
+    epoch: int
+    """Finished epochs."""
+    state: dict | None
+    """The full state, or None for bare weights: fresh optimizer and random states."""
+
+
+def read_start(weight: str) -> Start | None:
+    """Reads TEST.WEIGHT for training; an empty path means a fresh start.
+
+    Raises:
+        UserError: the file cannot be read, or holds bare weights and its name does not end in `_<epoch>`.
+    """
+    if not weight:
+        return None
+    path, state = Path(weight), read_file(weight)
+    if "optimizer" in state and "epoch" in state:
+        if state.get("version") != VERSION:
+            raise UserError(f"{path}: checkpoint version {state.get('version')}, this code reads version {VERSION}.")
+        return Start(path, state["epoch"], state)
+    number = re.search(r"_(\d+)$", path.stem)
+    if number is None:
+        raise UserError(
+            f"{path} holds weights without optimizer and epoch, so the run cannot know where to go on. Rename it to "
+            f"{path.stem}_<n>{path.suffix}, n being the epochs it was trained for (0 trains from the start), and it "
+            "goes on at epoch n + 1; or evaluate it with test_net.py."
+        )
+    return Start(path, int(number[1]), None)
+
+
+@dataclass
+class TrainState:
+    """Everything that a run needs to go on as if it had never stopped."""
+
+    cfg: CfgNode
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    identities: tuple[int, ...]
+    epoch: int = 0
+    """Finished epochs."""
+    step: int = 0
+    """Finished steps of the epoch after those."""
+    global_step: int = 0
+    """Finished steps of the whole run."""
+    best: dict | None = None
+    """Metrics of the best evaluation so far, with its epoch."""
+    meters: Meters = field(default_factory=Meters)
+    """Means of the epoch under way."""
+
+    def state_dict(self) -> dict:
+        """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`."""
+        names = _parameter_names(self.model, self.optimizer)
+        optimizer = self.optimizer.state_dict()
+        return {
+            "version": VERSION,
+            "model": (self.ema.module if self.ema else self.model).state_dict(),  # what is evaluated
+            "trained_model": self.model.state_dict() if self.ema else None,  # what the optimizer goes on with
+            "optimizer": {
+                "name": type(self.optimizer).__name__,
+                "moments": {names[i]: state for i, state in optimizer["state"].items()},
+            },
+            "scheduler": {g["name"]: {"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in optimizer["param_groups"]},
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "global_step": self.global_step,
+            "best": self.best,
+            "meters": self.meters.state_dict() if self.step else None,
+            "rng": _random_states(),
+            "config": configs.dump(self.cfg),
+            "identities": list(self.identities),
+        }
+
+    def save(self, path: Path, *also: Path) -> None:
+        """Writes the checkpoint to `path`, and the same file under the names `also`."""
+        save_file(self.state_dict(), path)
+        for other in also:
+            save_copy(path, other)
+
+    def restore(self, start: Start) -> None:
+        """Goes on from a checkpoint; an edited config wins over the stored one, and its differences are listed.
+
+        Parts of the model that SOLVER.REINIT names start anew, with their moments.
+
+        Raises:
+            UserError: weights or identities do not fit this run.
+        """
+        reinit = tuple(self.cfg.SOLVER.REINIT)
+        changes = self._config_changes(start)
+        try:
+            load_weights(self.model, start.path, skip=reinit)
+        except UserError as error:
+            raise UserError(
+                f"{error}\n{changes or 'The config is the stored one.'}\nGive the keys their stored values, or name "
+                "the part that shall start anew in SOLVER.REINIT, such as SOLVER.REINIT \"['sdtps']\"."
+            ) from error
+        if self.ema:
+            self.ema.module.load_state_dict(self.model.state_dict())
+        if start.state is None:
+            self.epoch = start.epoch
+            log.info("%s holds weights only: going on at epoch %d with a fresh optimizer", start.path, start.epoch + 1)
+            return
+
+        state = start.state
+        self._check_identities(state, start.path, reinit)
+        if state["trained_model"]:
+            kept = {name: tensor for name, tensor in state["trained_model"].items() if not has_part(name, reinit)}
+            self.model.load_state_dict(kept, strict=False)
+        self._restore_optimizer(state["optimizer"], reinit)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
+        self.best = state["best"]
+        if state["meters"]:
+            self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
+        _set_random_states(state["rng"])
+        place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
+        log.info("going on from %s at %s%s", start.path, place, f"\n{changes}" if changes else "")
+
+    def _config_changes(self, start: Start) -> str:
+        if start.state is None:
+            return ""
+        changes = [c for c in configs.diff(yaml.safe_load(start.state["config"]), self.cfg) if c[0] not in NOT_COMPARED]
+        lines = [f"  {key}: stored {old!r}, now {new!r}" for key, old, new in changes]
+        return "\n".join(["The config differs from the stored one, and wins:", *lines]) if lines else ""
+
+    def _check_identities(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
+        if tuple(state["identities"]) != tuple(self.identities) and not {"classifier", "heads"} & set(reinit):
+            raise UserError(
+                f"{path} was trained on {len(state['identities'])} other identities than the {len(self.identities)} "
+                "of this data set: the classifier's rows would be mixed up. Set DATASETS to the set it was trained on, "
+                "or let the classifiers start anew: SOLVER.REINIT \"['classifier']\"."
+            )
+
+    def _restore_optimizer(self, stored: dict, reinit: tuple[str, ...]) -> None:
+        if stored["name"] != type(self.optimizer).__name__:
+            log.warning(
+                "the checkpoint's optimizer is %s, this run's %s: its moments start anew",
+                stored["name"],
+                type(self.optimizer).__name__,
+            )
+            return
+        names, moments = _parameter_names(self.model, self.optimizer), stored["moments"]
+        kept = {i: moments[name] for i, name in enumerate(names) if name in moments and not has_part(name, reinit)}
+        self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters in the order in which the optimizer numbers them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _random_states() -> dict:
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_states(states: dict) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

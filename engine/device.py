@@ -1,0 +1,88 @@
+"""Which device runs the model, and in which precision."""
+
+import logging
+import shutil
+import subprocess
+
+import torch
+
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """The device that MODEL.DEVICE names; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device is not there, or the machine has an NVIDIA card that this build of torch cannot use. Such
+            a card is never left silently for the CPU.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif card := _nvidia_card():
+            raise UserError(
+                f"This machine has an NVIDIA card ({card}), but torch {torch.__version__} cannot use it. Install a "
+                "build of torch for your driver (pytorch.org, 'Get started'), or set MODEL.DEVICE cpu to go on "
+                "without it."
+            )
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"MODEL.DEVICE is {name!r}, but torch {torch.__version__} sees no CUDA device. Set MODEL.DEVICE auto "
+                "or cpu, or install a build of torch for your driver."
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"MODEL.DEVICE is {name!r}, but there are {torch.cuda.device_count()} CUDA devices.")
+        try:
+            torch.zeros(1, device=device).add_(1).item()
+        except RuntimeError as error:
+            raise UserError(
+                f"torch {torch.__version__} was not built for {torch.cuda.get_device_name(device)}: {error}. Install "
+                "a build that supports this card, or set MODEL.DEVICE cpu to go on without it."
+            ) from error
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("MODEL.DEVICE is 'mps', but torch sees no Apple GPU. Set MODEL.DEVICE auto or cpu.")
+    return device
+
+
+def _nvidia_card() -> str | None:
+    """Name of an NVIDIA card as its driver reports it, whether or not torch can use it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        report = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = report.stdout.strip().splitlines()
+    return lines[0] if report.returncode == 0 and lines else None
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision for SOLVER.AMP, None for plain float32.
+
+    "auto" means bf16 on CUDA from Ampere on, fp16 (with a gradient scaler) on older CUDA, float32 elsewhere.
+
+    Raises:
+        UserError: fp16 was asked for on a device that has no gradient scaler.
+    """
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"SOLVER.AMP is 'fp16', which needs a CUDA device; this run uses {device.type}. Set it to auto."
+        )
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}[amp]
+
+
+def describe(device: torch.device, dtype: torch.dtype | None) -> str:
+    """One line for the log: device, precision, version."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    return f"{device.type} ({card}), {precision}, torch {torch.__version__}"

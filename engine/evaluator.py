@@ -1,0 +1,179 @@
+"""Evaluation: features of every image once, ranking of every branch, tables."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from data import EvalLoader, ReidData
+from engine.device import autocast_dtype
+from engine.monitor import SelectionMonitor
+from modeling import ReIDModel
+from modeling.sdtps import Selection
+from utils.files import save_text
+from utils.metrics import pairwise_distance, rank_metrics
+from utils.modalities import MODALITIES
+from utils.pictures import draw_selection, stack_samples
+from utils.reranking import re_ranking
+
+log = logging.getLogger(__name__)
+
+MISSING_PATTERNS = ("r", "n", "t", "rn", "rt", "nt")
+"""Initials of the modalities that are taken away, as TEST.MISS writes them; "nothing" keeps all."""
+
+
+@dataclass
+class EvalResult:
+    """What an evaluation found."""
+
+    metrics: dict[str, dict[str, float]]
+    """Per branch: mAP, R1, R5, R10, in percent."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """Mean feature norm of each branch, and what SDTPS chose (see `engine.monitor.SelectionMonitor`)."""
+    picture: Tensor | None = None
+    """(3, H, W) uint8: kept patches and scores on a few fixed test images."""
+
+
+@torch.no_grad()
+def extract_features(
+    model: ReIDModel,
+    loader: EvalLoader,
+    *,
+    dtype: torch.dtype | None = None,
+    present: Tensor | None = None,
+    keep: Sequence[int] = (),
+) -> tuple[dict[str, Tensor], SelectionMonitor | None, list["Kept"]]:
+    """Runs the model once over a loader.
+
+    Args:
+        model: put into evaluation mode and back.
+        loader: batches in a fixed order.
+        dtype: autocast type, None for float32.
+        present: (M,) bool, which modalities all samples have; None for all.
+        keep: places of samples in that order whose images and selection shall be kept.
+
+    Returns:
+        Float32 features (N, D) of each branch and `both`, on the model's device; the selection monitor, None without
+        SDTPS; and the kept samples, none without SDTPS.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    names = (*model.branches, "both") if len(model.branches) > 1 else model.branches
+    features: dict[str, list[Tensor]] = {name: [] for name in names}
+    monitor = SelectionMonitor() if model.sdtps is not None else None
+    kept, first = [], 0
+    for batch in tqdm(loader, desc="features", leave=False, disable=None):
+        batch = batch.to(device, non_blocking=True)
+        mask = None if present is None else present.to(device).expand(len(batch.pid), -1)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = model(batch.images, batch.camid, mask)
+        for name in names:
+            features[name].append(output.features[name].float())
+        if monitor is not None:
+            monitor.update(output.selection)
+            inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
+            kept += [Kept.of(batch.images, output.selection, i) for i in inside]
+        first += len(batch.pid)
+    model.train(training)
+    return {name: torch.cat(parts) for name, parts in features.items()}, monitor, kept
+
+
+@dataclass
+class Kept:
+    """One sample with what SDTPS chose on it: images (M, 3, H, W), mask and scores (M, N), on the CPU."""
+
+    images: Tensor
+    mask: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, images: dict[str, Tensor], selection: Selection, i: int) -> "Kept":
+        fields = (images, selection.mask, selection.scores)
+        return cls(*(torch.stack([values[m][i] for m in MODALITIES]).cpu() for values in fields))
+
+
+def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
+    """mAP and Rank-1, 5, 10 in percent of one branch's features (N, D), ranked as TEST.* says."""
+    features = F.normalize(features, dim=-1) if cfg.TEST.FEAT_NORM else features
+    query, gallery = features[val.query.to(features.device)], features[val.gallery.to(features.device)]
+    distance = re_ranking(query, gallery) if cfg.TEST.RE_RANKING else pairwise_distance(query, gallery)
+
+    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+        return values[val.query], values[val.gallery]
+
+    cmc, mean_ap = rank_metrics(
+        distance, *sides(val.pids), *sides(val.camids), *sides(val.sceneids), protocol=val.protocol
+    )
+    return {"mAP": 100 * float(mean_ap)} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
+
+
+def evaluate(cfg: CfgNode, model: ReIDModel, val: EvalLoader, *, missing: str = "", pictures: int = 0) -> EvalResult:
+    """Evaluates every branch from one pass over the distinct images.
+
+    Args:
+        cfg: TEST.* and SOLVER.AMP are read.
+        model: see `modeling.make_model`.
+        val: the `.val` of `data.make_dataloader`.
+        missing: initials of the modalities to take away, such as "rn".
+        pictures: how many test images to draw with what SDTPS chose.
+    """
+    device = next(model.parameters()).device
+    present = torch.tensor([m[0].lower() not in missing for m in MODALITIES]) if missing else None
+    keep = sorted(set(torch.linspace(0, len(val.pids) - 1, pictures).long().tolist()))
+    features, monitor, kept = extract_features(
+        model, val, dtype=autocast_dtype(cfg.SOLVER.AMP, device), present=present, keep=keep
+    )
+    metrics = {name: rank(cfg, f, val) for name, f in features.items()}
+    statistics = {f"feature_norm/{name}": float(f.norm(dim=-1).mean()) for name, f in features.items()}
+    mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
+    drawn = [draw_selection(k.images, k.mask, k.scores, model.backbone.grid, *mean_std) for k in kept]
+    return EvalResult(
+        metrics, statistics | (monitor.read() if monitor else {}), stack_samples(drawn) if drawn else None
+    )
+
+
+def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> str:
+    """A plain table: one row per name, columns mAP, R1, R5, R10 in percent."""
+    width = max(len(first), *(len(name) for name in rows))
+    columns = list(next(iter(rows.values())))
+    lines = [f"{first:<{width}}  " + "  ".join(f"{c:>5}" for c in columns)]
+    lines += [f"{name:<{width}}  " + "  ".join(f"{row[c]:5.1f}" for c in columns) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def write_metrics(path: Path, **sections: dict) -> None:
+    """Puts sections into a metrics.json, keeping those that other commands wrote."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    save_text(json.dumps(old | sections, indent=2) + "\n", path)
+
+
+def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, dict[str, dict[str, float]]]:
+    """Evaluates as TEST.* says, logs one table and writes it under "test" into OUTPUT_DIR/metrics.json.
+
+    TEST.MISS names modalities to take away; "all" goes through every pattern and gives the average.
+
+    Returns:
+        Per pattern ("nothing", "r", …): per branch mAP, R1, R5, R10 in percent.
+    """
+    patterns = ("nothing", *MISSING_PATTERNS) if cfg.TEST.MISS == "all" else (cfg.TEST.MISS,)
+    results = {}
+    for pattern in patterns:
+        results[pattern] = evaluate(cfg, model, data.val, missing="" if pattern == "nothing" else pattern).metrics
+        if len(patterns) == 1:
+            log.info("missing modalities: %s\n%s", pattern, format_table(results[pattern]))
+    if len(patterns) > 1:
+        for branch in results["nothing"]:
+            rows = {pattern: results[pattern][branch] for pattern in MISSING_PATTERNS}
+            mean = {c: sum(row[c] for row in rows.values()) / len(rows) for c in rows["r"]}
+            table = {"nothing": results["nothing"][branch]} | rows | {"mean of six": mean}
+            log.info("branch %s\n%s", branch, format_table(table, "missing"))
+    write_metrics(Path(cfg.OUTPUT_DIR) / "metrics.json", test={"weight": cfg.TEST.WEIGHT, "results": results})
+    return results

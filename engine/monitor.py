@@ -1,0 +1,111 @@
+"""What to watch while SDTPS learns: statistics of its scores and choices, and how its gradient reaches the backbone."""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from data import Batch
+from modeling import ReIDModel, ReIDOutput
+from modeling.sdtps import Selection
+from solver.make_loss import ReIDLoss
+from utils.modalities import MODALITIES
+
+
+def parameter_part(name: str) -> str:
+    """The part of the model whose gradient norm a parameter counts to: backbone, sdtps, or heads for all else."""
+    if name.startswith("backbone."):
+        return "backbone"
+    return "sdtps" if name.startswith(("sdtps.", "pool.")) else "heads"
+
+
+def norms_by_part(names: tuple[str, ...], norms: Tensor) -> dict[str, Tensor]:
+    """Joins per-parameter gradient norms (P,) -> norm of each part and the total, 0-d tensors on the device."""
+    squares = norms.square()
+    parts = [parameter_part(name) for name in names]
+    result = {}
+    for part in sorted(set(parts)):
+        index = [i for i, p in enumerate(parts) if p == part]
+        result[f"grad_norm/{part}"] = squares[index].sum().sqrt()
+    return result | {"grad_norm/total": squares.sum().sqrt()}
+
+
+def selection_statistics(selection: Selection) -> dict[str, Tensor]:
+    """Mean over the batch, per modality:
+
+    - `predicted_spread`: standard deviation of the predictor's score inside an image; near 0 it tells patches apart
+      no more, or is saturated;
+    - `kept_range`: best minus worst score among the kept patches; over tau it is how much importance can weigh.
+    """
+    result = {}
+    for m in MODALITIES:
+        kept = selection.scores[m].gather(-1, selection.kept[m])
+        result[f"sdtps/predicted_spread/{m}"] = selection.predicted[m].std(-1, correction=0).mean()
+        result[f"sdtps/kept_range/{m}"] = (kept.amax(-1) - kept.amin(-1)).mean()
+    return result
+
+
+class SelectionMonitor:
+    """Gathers over an evaluation: the statistics above, agreement of modalities, and where the kept patches lie."""
+
+    def __init__(self):
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}
+        self.cells: dict[str, Tensor] = {}
+
+    def update(self, selection: Selection) -> None:
+        batch = len(selection.mask["RGB"])
+        self.images += batch
+        values = selection_statistics(selection)
+        for a, b in combinations(MODALITIES, 2):
+            both = (selection.mask[a] & selection.mask[b]).sum(-1)
+            either = (selection.mask[a] | selection.mask[b]).sum(-1)
+            values[f"sdtps/agreement/{a}-{b}"] = (both / either).mean()  # intersection over union of the kept sets
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value * batch
+        for m in MODALITIES:
+            self.cells[m] = self.cells.get(m, 0) + selection.mask[m].sum(0)
+
+    def read(self) -> dict[str, float]:
+        """Means over the images; `cell_spread` is the standard deviation of the share of images that keep a patch, over
+        the grid's cells: 0 if every place is kept alike, the higher the more the choice hangs on the place alone."""
+        result = {name: float(value) / self.images for name, value in self.sums.items()}
+        for m, count in self.cells.items():
+            result[f"sdtps/cell_spread/{m}"] = float((count / self.images).std(correction=0))
+        return result
+
+    def cell_share(self) -> dict[str, Tensor]:
+        """Per modality (N,): the share of images that keep each patch."""
+        return {m: (count / self.images).cpu() for m, count in self.cells.items()}
+
+
+def score_gradient_probe(
+    model: ReIDModel, batch: Batch, loss_fn: ReIDLoss, epoch: int, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """How the sdtps branch's loss reaches the backbone: gradient norms in total, through values and through scores.
+
+    Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
+    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
+    train in this epoch or the backbone is frozen.
+    """
+    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+    if model.sdtps is None or not parameters or loss_fn.branch_weight("sdtps", epoch) == 0:
+        return {}
+    score_grad, training, gradients = model.sdtps.score_grad, model.training, []
+    model.eval()
+    try:
+        for mode in (score_grad, "none"):
+            model.sdtps.score_grad = mode
+            with torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
+                output = model(batch.images, batch.camid)
+                alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
+                loss, _ = loss_fn(alone, batch.pid, epoch)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
+    finally:
+        model.sdtps.score_grad = score_grad
+        model.train(training)
+    total, value = gradients
+    score = [t - v for t, v in zip(total, value, strict=True)]
+    norms = {"total": total, "value": value, "score": score}
+    return {f"probe/backbone_{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in norms.items()}

@@ -1,0 +1,228 @@
+"""The training loop, from the first batch to the last table, read top to bottom."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from data import Batch, ReidData
+from engine.checkpoint import Start, TrainState
+from engine.device import autocast_dtype, describe
+from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
+from engine.guard import FiniteGuard
+from engine.interrupt import Interrupted, StopRequest
+from engine.meters import Meters
+from engine.monitor import norms_by_part, score_gradient_probe, selection_statistics
+from engine.output import LAST, METRICS_FILE
+from modeling import ReIDModel, ReIDOutput
+from solver.make_loss import ReIDLoss
+from solver.scheduler import CosineSchedule, DemoSchedule
+from utils.logging import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+PICTURES = 4
+"""Test images on which every evaluation draws the selected patches."""
+PROBE_SAMPLES = 16
+"""Samples of an epoch's first batch on which the gradient probe runs."""
+
+
+def do_train(
+    cfg: CfgNode,
+    model: ReIDModel,
+    data: ReidData,
+    loss_fn: ReIDLoss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: CosineSchedule | DemoSchedule,
+    start: Start | None = None,
+) -> dict[str, dict]:
+    """Trains a model, evaluates it on the way, and keeps checkpoints, metrics and pictures in OUTPUT_DIR.
+
+    Args:
+        cfg: the resolved config.
+        model: on its device.
+        data: loaders of `data.make_dataloader`.
+        loss_fn: `(output, pid, epoch) -> total, terms`.
+        optimizer, scheduler: from `solver`; `scheduler.step(epoch)` sets the rates for a moment, in epochs.
+        start: a checkpoint to go on from.
+
+    Returns:
+        Metrics of the "last" and the "best" evaluation, and of the one "before" training; each a dict of branch ->
+        mAP, R1, R5, R10 in percent, and "epoch".
+
+    Raises:
+        NonFiniteError: a loss or a gradient was not finite; it never reached the weights, and nothing was saved since.
+        Interrupted: SIGINT or SIGTERM; the state is saved.
+        UserError: the checkpoint does not fit.
+    """
+    assert data.train is not None, "make_dataloader(cfg, train=False) gives nothing to train on"
+    s, train_loader = cfg.SOLVER, data.train
+    out = Path(cfg.OUTPUT_DIR)
+    device = next(model.parameters()).device
+    dtype = autocast_dtype(s.AMP, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    ema = ModelEmaV3(model, decay=s.EMA_DECAY) if s.EMA_DECAY > 0 else None
+    epoch_meters, window_meters = Meters(), Meters()
+    state = TrainState(cfg, model, optimizer, scaler, ema, data.identities, meters=epoch_meters)
+    if start is not None:
+        state.restore(start)
+    guard = FiniteGuard(model, optimizer, scaler)
+    parameters = guard.parameters
+    writer = MetricsWriter(out, resume_step=state.global_step or None)
+    log.info("training on %s", describe(device, dtype))
+
+    def evaluate_now(epoch: int) -> dict:
+        result = evaluate(cfg, ema.module if ema else model, data.val, pictures=PICTURES)
+        _record_evaluation(result, writer, epoch, state.global_step)
+        return result.metrics | {"epoch": epoch}
+
+    results: dict[str, dict] = {}
+    if start is None:
+        results["before"] = evaluate_now(0)
+        write_metrics(out / METRICS_FILE, before=results["before"])
+    model.train()
+
+    with StopRequest() as stop:
+        for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
+            train_loader.set_epoch(epoch, state.step)
+            steps = len(train_loader)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            bar = tqdm(train_loader, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=None)
+            clock, clock_step = time.perf_counter(), state.step
+
+            for step, batch in enumerate(bar, state.step + 1):
+                # one step: forward and backward over the micro-batches, then a guarded update
+                batch = batch.to(device, non_blocking=True)
+                if step == 1:
+                    head = _slice(batch, 0, PROBE_SAMPLES)
+                    probe = score_gradient_probe(model, head, loss_fn, epoch, dtype)
+                    writer.scalars(state.global_step, epoch, probe, kind="probe")
+                scheduler.step(epoch - 1 + (step - 1) / steps)
+                optimizer.zero_grad(set_to_none=True)
+                guard.before_forward()
+                values: dict[str, Tensor] = {}
+                for part in _micro_batches(batch, s.ACCUMULATION):
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                        output = model(part.images, part.camid)
+                        loss, terms = loss_fn(output, part.pid, epoch)
+                    scaler.scale(loss / s.ACCUMULATION).backward()
+                    for name, value in {"loss": loss, **terms, "acc": _accuracy(output, part.pid)}.items():
+                        values[name] = values.get(name, 0) + value.detach() / s.ACCUMULATION
+                scaler.unscale_(optimizer)
+                norms = guard.gradient_norms()
+                if s.GRAD_CLIP > 0:
+                    total_norm = torch.linalg.vector_norm(norms)
+                    nn.utils.clip_grads_with_norm_(parameters, s.GRAD_CLIP, total_norm)
+                state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1
+                guard.step(state.global_step, {k: v for k, v in values.items() if k != "acc"}, norms)
+                if ema:
+                    ema.update(model, step=state.global_step)
+                values |= norms_by_part(guard.names, norms)
+                epoch_meters.update(values)
+                window_meters.update(values)
+
+                # every LOG_PERIOD steps: read back and tell
+                if step % s.LOG_PERIOD == 0 or step == steps:
+                    guard.raise_if_bad()
+                    scalars = window_meters.read() | scheduler.rates()
+                    if output.selection is not None:
+                        scalars |= {k: float(v) for k, v in selection_statistics(output.selection).items()}
+                    seconds = time.perf_counter() - clock
+                    scalars["samples_per_second"] = (step - clock_step) * s.IMS_PER_BATCH / seconds
+                    clock, clock_step = time.perf_counter(), step
+                    if device.type == "cuda":
+                        scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+                    if scaler.is_enabled():
+                        scalars |= {"scale": scaler.get_scale(), "skipped_steps": float(guard.skipped)}
+                    writer.scalars(state.global_step, epoch, scalars, kind="train")
+                    mean = epoch_meters.read()
+                    log.info(
+                        f"Epoch[{epoch}] Iteration[{step}/{steps}] Loss: {mean['loss']:.3f}, "
+                        f"Acc: {mean['acc']:.3f}, Base Lr: {scheduler.rates()['heads']:.2e}"
+                    )
+                    window_meters.reset()
+                if stop.requested is not None:
+                    guard.raise_if_bad()
+                    state.save(out / LAST)
+                    raise Interrupted(
+                        f"Stopped after step {step} of epoch {epoch}; the state is in {out / LAST}. To go on, give "
+                        f"the same command with TEST.WEIGHT {out / LAST}",
+                        stop.requested,
+                    )
+
+            # the epoch is over: evaluate, save
+            mean = epoch_meters.read()
+            log.info(f"Epoch {epoch} done. Loss: {mean['loss']:.3f}, Acc: {mean['acc']:.3f}")
+            writer.scalars(state.global_step, epoch, mean, kind="epoch")
+            epoch_meters.reset()
+            state.epoch, state.step = epoch, 0
+            copies = [out / f"{cfg.MODEL.NAME}_{epoch}.pth"] if epoch % s.CHECKPOINT_PERIOD == 0 else []
+            if epoch % s.EVAL_PERIOD == 0 or epoch == s.MAX_EPOCHS:
+                results["last"] = evaluate_now(epoch)
+                if state.best is None or _score(results["last"]) > _score(state.best):
+                    state.best = results["last"]
+                    copies.append(out / f"{cfg.MODEL.NAME}best.pth")
+                write_metrics(out / METRICS_FILE, last=results["last"], best=state.best)
+            state.save(out / LAST, *copies)
+
+    if "last" not in results:
+        log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)
+        results["last"] = evaluate_now(state.epoch)
+    results["best"] = state.best or results["last"]
+    writer.close()
+    log.info("the end\n%s", _final_table(results))
+    return results
+
+
+def _micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """Cuts a batch into equal parts; identities lie side by side in it, so none is split."""
+    size = len(batch.pid) // parts
+    return [batch] if parts == 1 else [_slice(batch, i * size, (i + 1) * size) for i in range(parts)]
+
+
+def _slice(batch: Batch, first: int, last: int) -> Batch:
+    part = slice(first, last)
+    images = {m: x[part] for m, x in batch.images.items()}
+    ids = (batch.pid[part], batch.camid[part], batch.sceneid[part], batch.index[part])
+    return Batch(images, *ids, batch.path[part])
+
+
+def _accuracy(output: ReIDOutput, pid: Tensor) -> Tensor:
+    """Share of the batch that the classifier names rightly: `ori`'s, or `sdtps`'s where that is the only branch.
+
+    Where each modality has its own head, their logits are summed.
+    """
+    if "RGB" in output.logits:
+        logits = sum(output.logits[m] for m in ("RGB", "NI", "TI"))
+    else:
+        logits = output.logits["ori" if "ori" in output.logits else "sdtps"]
+    return (logits.argmax(dim=-1) == pid).float().mean()
+
+
+def _score(metrics: dict) -> float:
+    """mAP of `both`, or of the only branch."""
+    branch = "both" if "both" in metrics else next(k for k in metrics if k != "epoch")
+    return metrics[branch]["mAP"]
+
+
+def _record_evaluation(result: EvalResult, writer: MetricsWriter, epoch: int, global_step: int) -> None:
+    scalars = {f"{branch}/{k}": v for branch, row in result.metrics.items() for k, v in row.items()}
+    writer.scalars(global_step, epoch, scalars | result.statistics, kind="eval")
+    if result.picture is not None:
+        writer.image("selection", result.picture, global_step)
+    log.info("evaluation after epoch %d\n%s", epoch, format_table(result.metrics))
+
+
+def _final_table(results: dict[str, dict]) -> str:
+    rows: dict[str, dict[str, float]] = {}
+    for when in ("before", "last", "best"):
+        if when in results:
+            metrics = results[when]
+            rows |= {f"{when} (epoch {metrics['epoch']}) {b}": m for b, m in metrics.items() if b != "epoch"}
+    return format_table(rows, "evaluation")

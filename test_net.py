@@ -1,0 +1,38 @@
+"""Evaluates a checkpoint: mAP and Rank-1, 5, 10 of every branch; see --help."""
+
+import sys
+
+from configs import load_cfg
+from data import make_dataloader
+from engine import do_inference
+from engine.device import select_device
+from modeling import make_model
+from utils.checkpoint import load_weights
+from utils.cli import config_parser, run
+from utils.errors import UserError
+from utils.logging import setup_logging
+from utils.seed import seed_everything
+
+EXAMPLES = """examples:
+  python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT runs/RGBNT201/DeMo_SDTPS/DeMobest.pth
+  python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT … TEST.MISS all
+"""
+
+
+def main(config_file: str, opts: list[str]) -> None:
+    setup_logging()
+    cfg = load_cfg(config_file, opts)
+    if not cfg.TEST.WEIGHT:
+        raise UserError("TEST.WEIGHT is empty: add TEST.WEIGHT <checkpoint> to the command, see --help.")
+    device = select_device(cfg.MODEL.DEVICE)
+    seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
+    data = make_dataloader(cfg, train=False)
+    model = make_model(cfg, num_classes=data.num_classes, num_cameras=data.num_cameras, pretrained=False)
+    load_weights(model, cfg.TEST.WEIGHT)
+    setup_logging(cfg.OUTPUT_DIR)
+    do_inference(cfg, model.to(device), data)
+
+
+if __name__ == "__main__":
+    args = config_parser(__doc__, EXAMPLES).parse_args()
+    sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))

@@ -1,0 +1,122 @@
+"""Evaluation on image files: one pass, every branch, tables and files."""
+
+import json
+
+import pytest
+import torch
+
+import test_net
+import train_net
+from data import make_dataloader
+from engine import evaluate
+from engine.evaluator import MISSING_PATTERNS, extract_features, format_table
+from modeling import make_model
+from utils.errors import UserError
+
+
+@pytest.fixture
+def setup(tiny_cfg):
+    def build(*opts):
+        cfg = tiny_cfg(*opts)
+        torch.manual_seed(0)
+        data = make_dataloader(cfg)
+        return cfg, make_model(cfg, num_classes=data.num_classes, num_cameras=data.num_cameras, pretrained=False), data
+
+    return build
+
+
+def naive_ap_and_rank1(features, pids, camids):
+    """mAP and Rank-1 by loops: every image is query and gallery, same identity and camera left out."""
+    features = torch.nn.functional.normalize(features, dim=-1)
+    aps, firsts = [], []
+    for q in range(len(pids)):
+        others = [g for g in range(len(pids)) if (pids[g], camids[g]) != (pids[q], camids[q])]
+        others.sort(key=lambda g: float((features[q] - features[g]).square().sum()))
+        hits = [pids[g] == pids[q] for g in others]
+        firsts.append(hits[0])
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit]
+        aps.append(sum(precisions) / len(precisions))
+    return 100 * sum(aps) / len(aps), 100 * sum(firsts) / len(firsts)
+
+
+def test_metrics_of_every_branch_against_loops(setup):
+    cfg, model, data = setup()
+    result = evaluate(cfg, model, data.val, pictures=2)
+    features, _, _ = extract_features(model, data.val)
+    assert list(result.metrics) == ["ori", "sdtps", "both"]
+    pids, camids = data.val.pids.tolist(), data.val.camids.tolist()
+    for branch, row in result.metrics.items():
+        mean_ap, rank1 = naive_ap_and_rank1(features[branch], pids, camids)
+        assert row["mAP"] == pytest.approx(mean_ap, abs=1e-3) and row["R1"] == pytest.approx(rank1, abs=1e-3)
+    assert result.statistics["feature_norm/ori"] == pytest.approx(float(features["ori"].norm(dim=-1).mean()))
+    assert 0 <= result.statistics["sdtps/agreement/RGB-TI"] <= 1
+    assert result.picture.dtype == torch.uint8 and result.picture.shape[0] == 3
+
+
+def test_one_pass_over_distinct_images(setup):
+    """RGBNT201's query is its gallery: 12 images, each through the backbone once, whatever the number of branches."""
+    cfg, model, data = setup()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    evaluate(cfg, model, data.val)
+    assert sum(seen) == 3 * 12
+
+
+def test_evaluation_leaves_no_trace(setup):
+    cfg, model, data = setup()
+    model.train()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    evaluate(cfg, model, data.val)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_missing_modalities_zero_the_images(setup):
+    _, model, data = setup()
+    present = torch.tensor([True, False, False])
+    features, _, _ = extract_features(model, data.val, present=present)
+    batch = next(iter(data.val))
+    alone = {m: x if m == "RGB" else torch.zeros_like(x) for m, x in batch.images.items()}
+    with torch.no_grad():
+        expected = model.eval()(alone, batch.camid).features["ori"]
+    torch.testing.assert_close(features["ori"][: len(expected)], expected)
+
+
+def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
+    """Train, then test the best checkpoint: the same numbers, one table, metrics.json."""
+    caplog.set_level("INFO")
+    out = tmp_path / "run"
+    train_net.main(str(tiny_yaml), ["SOLVER.MAX_EPOCHS", "2"])
+    assert "Epoch[1] Iteration[2/" in caplog.text and "Base Lr: " in caplog.text
+    assert {"DeMobest.pth", "last.pth", "config.yml", "metrics.json", "metrics.jsonl"} <= {
+        p.name for p in out.iterdir()
+    }
+    best = json.loads((out / "metrics.json").read_text())["best"]
+    weight = ("TEST.WEIGHT", str(out / "DeMobest.pth"))
+    test_net.main(str(out / "config.yml"), [*weight])
+    after = json.loads((out / "metrics.json").read_text())
+    assert after["best"] == best  # what training wrote is still there
+    for branch in ("ori", "sdtps", "both"):
+        assert after["test"]["results"]["nothing"][branch] == pytest.approx(best[branch], abs=1e-4)
+
+    caplog.clear()
+    test_net.main(str(tiny_yaml), [*weight, "TEST.MISS", "all", "TEST.RE_RANKING", "yes"])
+    results = json.loads((out / "metrics.json").read_text())["test"]["results"]
+    assert list(results) == ["nothing", *MISSING_PATTERNS]
+    mean = sum(results[pattern]["both"]["mAP"] for pattern in MISSING_PATTERNS) / 6
+    assert f"mean of six  {mean:5.1f}" in caplog.text
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = next(line for line in lines if line["kind"] == "train")
+    wanted = {"loss", "id/ori", "triplet/sdtps", "acc", "grad_norm/backbone", "backbone", "sdtps/kept_range/RGB"}
+    assert wanted <= train.keys() and train["samples_per_second"] > 0
+    assert any(line["kind"] == "probe" and line["probe/backbone_score"] > 0 for line in lines)
+
+
+def test_testing_needs_a_weight(tiny_yaml):
+    with pytest.raises(UserError, match="TEST.WEIGHT is empty"):
+        test_net.main(str(tiny_yaml), [])
+
+
+def test_format_table():
+    table = format_table({"ori": {"mAP": 12.345, "R1": 100.0}, "sdtps": {"mAP": 1.0, "R1": 0.0}})
+    assert table.splitlines() == ["branch    mAP     R1", "ori      12.3  100.0", "sdtps     1.0    0.0"]

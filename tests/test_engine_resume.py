@@ -1,0 +1,139 @@
+"""A run that goes on from a checkpoint is the run that never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_net
+from utils.checkpoint import read_file
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+STOCHASTIC = ("MODEL.DROP_PATH", "0.3", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EMA_DECAY", "0.9")
+
+
+def train(config, *opts):
+    train_net.main(str(config), [*STOCHASTIC, *opts])
+
+
+def tensors(value, name=""):
+    """Every tensor in a nested state, by path."""
+    if torch.is_tensor(value):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {k: t for key, child in items for k, t in tensors(child, f"{name}/{key}").items()}
+
+
+def assert_same_state(a: Path, b: Path):
+    one, two = read_file(a), read_file(b)
+    assert one["best"] == two["best"] and one["global_step"] == two["global_step"]
+    left, right = tensors(one), tensors(two)
+    assert left.keys() == right.keys() and len(left) > 100
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"differ: {different[:5]}"
+
+
+def test_six_epochs_are_three_and_three(tiny_yaml, tmp_path):
+    train(tiny_yaml, "SOLVER.MAX_EPOCHS", "6", "OUTPUT_DIR", f"{tmp_path}/whole")
+    train(tiny_yaml, "SOLVER.MAX_EPOCHS", "6", "OUTPUT_DIR", f"{tmp_path}/parts")
+    parts = tmp_path / "parts"
+    torch.manual_seed(123)  # whatever came before must not matter
+    torch.rand(7)
+    # epochs 4 to 6 again, from the state after the third
+    train(tiny_yaml, "SOLVER.MAX_EPOCHS", "6", "OUTPUT_DIR", str(parts), "TEST.WEIGHT", f"{parts}/DeMo_3.pth")
+    assert_same_state(tmp_path / "whole" / "last.pth", parts / "last.pth")
+    metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+    # nothing was lost: what came after the third epoch lies aside, and the log holds each epoch once
+    assert {p.name for p in (parts / "superseded").glob("*.pth")} >= {"last.pth", "DeMo_4.pth", "DeMo_6.pth"}
+    lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
+    """The real script, stopped by a signal: it saves after the step; the resumed run ends as the unbroken one."""
+    opts = [*STOCHASTIC, "SOLVER.LOG_PERIOD", "1", "SOLVER.MAX_EPOCHS", "3", "SOLVER.IMS_PER_BATCH", "4"]
+    train(tiny_yaml, *opts, "OUTPUT_DIR", f"{tmp_path}/whole")
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "train_net.py", "--config_file", str(tiny_yaml), *opts, "OUTPUT_DIR", str(stopped)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        for line in process.stdout:
+            if "Epoch[2] Iteration[1/" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"TEST.WEIGHT {stopped / 'last.pth'}" in rest
+    state = read_file(stopped / "last.pth")
+    assert state["epoch"] == 1 and state["step"] > 0
+    train(tiny_yaml, *opts, "OUTPUT_DIR", str(stopped), "TEST.WEIGHT", f"{stopped}/last.pth")
+    assert_same_state(tmp_path / "whole" / "last.pth", stopped / "last.pth")
+
+
+@pytest.fixture
+def one_epoch(tiny_yaml, tmp_path):
+    """A finished run of one epoch."""
+    train(tiny_yaml, "SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_ITERS", "0", "OUTPUT_DIR", f"{tmp_path}/one")
+    return tmp_path / "one"
+
+
+def test_a_fresh_run_never_overwrites(tiny_yaml, one_epoch):
+    before = (one_epoch / "last.pth").read_bytes()
+    with pytest.raises(UserError, match="holds a run already.*TEST.WEIGHT"):
+        train(tiny_yaml, "OUTPUT_DIR", str(one_epoch))
+    assert (one_epoch / "last.pth").read_bytes() == before
+
+
+def test_bare_weights_go_on_at_the_next_epoch(tiny_yaml, one_epoch, tmp_path, caplog):
+    bare = tmp_path / "old" / "anything_7.pth"
+    bare.parent.mkdir()
+    torch.save({f"module.{k}": v for k, v in read_file(one_epoch / "last.pth")["model"].items()}, bare)
+    caplog.set_level("INFO")
+    train(tiny_yaml, "SOLVER.MAX_EPOCHS", "8", "OUTPUT_DIR", f"{tmp_path}/new", "TEST.WEIGHT", str(bare))
+    assert "going on at epoch 8 with a fresh optimizer" in caplog.text
+    assert read_file(tmp_path / "new" / "last.pth")["epoch"] == 8
+    shutil.copy(bare, tmp_path / "best.pth")
+    with pytest.raises(UserError, match="Rename it to best_<n>.pth"):
+        train(tiny_yaml, "OUTPUT_DIR", f"{tmp_path}/new2", "TEST.WEIGHT", f"{tmp_path}/best.pth")
+
+
+def test_an_edited_yaml_wins_and_is_listed(tiny_yaml, one_epoch, caplog):
+    caplog.set_level("INFO")
+    opts = ("SOLVER.MAX_EPOCHS", "2", "SOLVER.BASE_LR", "5e-4", "OUTPUT_DIR", str(one_epoch))
+    train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/last.pth")
+    assert "SOLVER.BASE_LR: stored 0.001, now 0.0005" in caplog.text
+    assert "SOLVER.MAX_EPOCHS: stored 1, now 2" in caplog.text
+    state = read_file(one_epoch / "last.pth")
+    assert state["epoch"] == 2 and state["scheduler"]["heads"]["initial_lr"] == 5e-4
+    steps = {float(m["step"]) for m in state["optimizer"]["moments"].values()}
+    assert steps == {float(state["global_step"])}  # the moments went on counting
+    assert len(list(one_epoch.glob("config*.yml"))) == 2  # the old config is kept
+
+
+def test_a_ratio_that_changes_a_shape_stops_with_both_values(tiny_yaml, one_epoch, tmp_path):
+    opts = ("SOLVER.MAX_EPOCHS", "2", "MODEL.SDTPS_AGGR_RATIO", "0.9", "OUTPUT_DIR", f"{tmp_path}/two")
+    with pytest.raises(UserError, match=r"(?s)fc2.weight \(1, 38\), wanted \(3, 38\).*stored 0.4, now 0.9.*REINIT"):
+        train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/last.pth")
+    train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/last.pth", "SOLVER.REINIT", "['sdtps']")
+    one, two = (read_file(run / "last.pth")["optimizer"]["moments"] for run in (one_epoch, tmp_path / "two"))
+    steps = [float(m["heads.ori.classifier.weight"]["step"]) for m in (one, two)]
+    assert float(two["sdtps.aggregator.RGB.fc2.weight"]["step"]) == steps[1] - steps[0]  # moments anew, too
+
+
+def test_other_identities_stop(tiny_yaml, one_epoch, tmp_path):
+    state = read_file(one_epoch / "last.pth")
+    state["identities"][0] = 999
+    torch.save(state, tmp_path / "other_1.pth")
+    opts = ("SOLVER.MAX_EPOCHS", "2", "OUTPUT_DIR", f"{tmp_path}/two", "TEST.WEIGHT", f"{tmp_path}/other_1.pth")
+    with pytest.raises(UserError, match="other identities"):
+        train(tiny_yaml, *opts)
+    train(tiny_yaml, *opts, "SOLVER.REINIT", "['classifier']")

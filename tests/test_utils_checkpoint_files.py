@@ -1,0 +1,173 @@
+import pickle
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file as save_safetensors
+from torch import nn
+
+from utils.checkpoint import read_file, save_file
+from utils.errors import UserError
+
+STATE = {
+    "model": {"weight": torch.arange(6.0).view(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
+    "epoch": 3,
+    "best": 0.5,
+    "names": ["a", ("b", None, True)],
+}
+
+
+class Opener:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_round_trip_creates_the_folder_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "run" / "last.pth"
+    save_file(STATE, path)
+    state = read_file(path)
+    assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+    assert state["model"]["half"].dtype == torch.bfloat16
+    assert [state[key] for key in ("epoch", "best", "names")] == [3, 0.5, ["a", ("b", None, True)]]
+    assert [p.name for p in path.parent.iterdir()] == ["last.pth"]
+
+
+def test_optimizer_and_generator_state_can_be_read_back(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_file({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, tmp_path / "a.pth")
+    state = read_file(tmp_path / "a.pth")
+    assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert torch.equal(state["rng"], torch.get_rng_state())
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "last.pth"
+    save_file(STATE, path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"last\.pth: cannot be written.*free space"):
+            save_file({"big": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read_file(path)["epoch"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_crash_before_the_replacement_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    save_file(STATE, path)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_file({"epoch": 4}, path)
+    assert read_file(path)["epoch"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_writing_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_file(STATE, tmp_path / "file" / "last.pth")
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(TypeError, match="numpy"):
+        save_file({"rng": np.random.default_rng(0).bit_generator.state, "best": np.float64(0.5)}, tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors(tmp_path):
+    save_safetensors({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert torch.equal(read_file(tmp_path / "a.safetensors")["weight"], torch.ones(2))
+
+
+def test_the_old_format_of_torch(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_file(tmp_path / "a.pth")["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_runs_code_is_refused(tmp_path, zipped):
+    victim = tmp_path / "victim"
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.ones(2), "x": Opener(str(victim))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        UserError, match=r"a\.pth: refused, because reading it would run code \((_?io|builtins)\.open\)"
+    ):
+        read_file(path)
+    assert not victim.exists()
+
+
+def test_a_whole_model_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"run code \(torch\.nn\.modules\.linear\.Linear\).*save its state dict"):
+        read_file(tmp_path / "a.pth")
+
+
+def truncated(source: Path, path: Path, share: float) -> None:
+    content = source.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_truncated(tmp_path, name, share):
+    save_file({"weight": torch.ones(1000)}, tmp_path / "whole.pth")
+    save_safetensors({"weight": torch.ones(1000)}, tmp_path / "whole.safetensors")
+    path = tmp_path / name
+    truncated(tmp_path / f"whole{path.suffix}", path, share)
+    with pytest.raises(UserError, match=f"{name}: damaged or not a checkpoint .{path.stat().st_size} bytes"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("content", [b"hello, this is a text\n" * 20, b"<!DOCTYPE html><html></html>", b"\x00" * 300])
+@pytest.mark.parametrize("name", ["a.pth", "a.pt", "a.safetensors"])
+def test_other_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: damaged or not a checkpoint"):
+        read_file(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_told_apart(tmp_path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="TorchScript"):
+        read_file(tmp_path / "a.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_something_else_than_a_dict(tmp_path):
+    torch.save([torch.ones(2)], tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        read_file(tmp_path / "a.pth")
+    with open(tmp_path / "b.pth", "wb") as file:
+        pickle.dump({"a": 1}, file)
+    with pytest.raises(UserError, match=r"b\.pth"):
+        read_file(tmp_path / "b.pth")
+
+
+def test_missing_file_and_folder_name_what_is_there(tmp_path):
+    (tmp_path / "DeMobest.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"best\.pth: there is no such file.*holds DeMobest\.pth"):
+        read_file(tmp_path / "best.pth")
+    with pytest.raises(UserError, match=r"is a folder.*holds DeMobest\.pth"):
+        read_file(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        read_file(tmp_path / "nowhere" / "best.pth")

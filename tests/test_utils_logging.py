@@ -1,0 +1,133 @@
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.logging import OWN_LOGGERS, MetricsWriter, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), {name: logging.getLogger(name).level for name in OWN_LOGGERS}
+    yield
+    for handler in [h for h in root.handlers if h not in before[1]]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(before[0])
+    logging.captureWarnings(False)
+    for name, level in before[2].items():
+        logging.getLogger(name).setLevel(level)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_console_and_file(tmp_path, capsys):
+    setup_logging(tmp_path / "run")
+    setup_logging(tmp_path / "run")  # a second call replaces the first
+    logging.getLogger("engine.processor").info("Epoch[1] Iteration[10/54]")
+    logging.getLogger("engine.processor").debug("too much detail")
+    logging.getLogger("timm.models").info("a library's notice")
+    logging.getLogger("timm.models").warning("a library's warning")
+    logging.getLogger("timm.models").error("a library's error")
+    warnings.warn("a python warning", stacklevel=1)
+    out = capsys.readouterr().out
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert out.count("INFO: Epoch[1] Iteration[10/54]\n") == 1
+    assert log.count("engine.processor INFO: Epoch[1] Iteration[10/54]\n") == 1
+    for text, on_console, in_file in [
+        ("too much detail", False, False),
+        ("a library's notice", False, False),
+        ("a library's warning", False, True),
+        ("a library's error", True, True),
+        ("a python warning", False, True),
+    ]:
+        assert (text in out, text in log) == (on_console, in_file), text
+
+
+def test_the_file_is_appended_to(tmp_path):
+    for text in ("first", "second"):
+        setup_logging(tmp_path)
+        logging.getLogger("engine").info(text)
+    assert [line.rsplit(": ")[1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["first", "second"]
+
+
+def test_lines_do_not_cut_through_a_bar(capsys):
+    setup_logging()
+    with tqdm(total=3, mininterval=0) as bar:
+        bar.update()
+        logging.getLogger("engine").info("a line")
+        bar.update()
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].endswith("INFO: a line")
+    assert any(piece.isspace() for piece in captured.err.split("\r"))  # the bar was wiped for the line
+
+
+def test_an_unwritable_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Choose another OUTPUT_DIR"):
+        setup_logging(tmp_path / "file")
+
+
+def test_metrics_go_to_both_places(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(10, 1, {"loss": torch.tensor(1.5), "acc": 0, "grad_norm/heads": float("nan"), "scale": float("inf")})
+    writer.scalars(54, 1, {"mAP": 0.25}, kind="eval")
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"kind": "train", "step": 10, "epoch": 1, "loss": 1.5, "acc": 0.0, "grad_norm/heads": None, "scale": None},
+        {"kind": "eval", "step": 54, "epoch": 1, "mAP": 0.25},
+    ]
+    writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), 54)
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(10, 1.5)]
+    assert [(event.step, event.value) for event in board.Scalars("eval/mAP")] == [(54, 0.25)]
+    assert [(image.step, image.height, image.width) for image in board.Images("selection")] == [(54, 8, 4)]
+
+
+def test_a_resumed_run_appends_after_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "epoch": 1}\n{"kind": "tr')
+    writer = MetricsWriter(tmp_path, resume_step=2)
+    writer.scalars(2, 1, {"loss": 1.0})
+    writer.close()
+    texts = path.read_text().splitlines()
+    assert len(texts) == 3 and json.loads(texts[2]) == {"kind": "train", "step": 2, "epoch": 1, "loss": 1.0}
+
+
+def test_what_cannot_be_written_is_told_once_and_survived(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("")
+    with caplog.at_level(logging.WARNING):
+        writer = MetricsWriter(tmp_path)
+        for step in range(5):
+            writer.scalars(step, 1, {"loss": 1.0})
+            writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), step)
+        writer.close()
+    messages = [record.getMessage() for record in caplog.records if "the run goes on" in record.getMessage()]
+    assert len(messages) == 2
+    assert "metrics.jsonl" in messages[0] + messages[1] and "TensorBoard" in messages[0] + messages[1]
+
+
+def test_a_board_that_fails_later_is_given_up(tmp_path, caplog, monkeypatch):
+    writer = MetricsWriter(tmp_path)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(writer.board, "add_scalar", full)
+    with caplog.at_level(logging.WARNING):
+        writer.scalars(1, 1, {"a": 1.0, "b": 2.0})
+        writer.scalars(2, 1, {"a": 1.0})
+        writer.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard cannot be written (OSError: No space left on device); the run goes on"
+    ]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]

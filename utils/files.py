@@ -1,0 +1,45 @@
+"""Small files, written so that a crash leaves the old one or the new one, both whole."""
+
+import os
+import shutil
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def save_text(text: str, path: Path) -> None:
+    """Writes a text file aside, then moves it into place.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}. Check the free space and the rights.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_copy(source: Path, path: Path) -> None:
+    """Gives a finished file a second name: a hard link where the disk has them, else a copy. Replaces `path`.
+
+    Files of a run are replaced, never changed in place, so that a link stays what it was.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(source, aside)
+        except OSError:
+            shutil.copyfile(source, aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}. Check the free space and the rights.") from error
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""What a run tells: lines for people (console and train.log) and numbers for tools (TensorBoard and metrics.jsonl)."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "tools", "utils")
+
+
+def setup_logging(output_dir: str | Path | None = None, level: int = logging.INFO) -> None:
+    """Send this project's log to the console and, given a folder, to its train.log, which is appended to.
+
+    Libraries are quiet: their warnings go to the file only, the console shows their errors. Calling this again
+    replaces what an earlier call set up.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, (_ConsoleHandler, _LogFileHandler))]:
+        root.removeHandler(handler)
+        handler.close()
+    logging.captureWarnings(True)
+    root.setLevel(logging.WARNING)
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level)
+
+    console = _ConsoleHandler()
+    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S"))
+    console.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] in OWN_LOGGERS)
+    root.addHandler(console)
+    if output_dir is not None:
+        path = Path(output_dir) / "train.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = _LogFileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error}. Choose another OUTPUT_DIR.") from error
+        file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+        root.addHandler(file)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above a tqdm bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class _LogFileHandler(logging.FileHandler):
+    """Complains once about a full disk, not once a line."""
+
+    complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.complained:
+            self.complained = True
+            super().handleError(record)
+
+
+class MetricsWriter:
+    """Numbers and pictures of a run: TensorBoard events in `<output_dir>/tensorboard`, lines in `metrics.jsonl`.
+
+    A line is one JSON object: kind, step, epoch and the values, each a number or null (not finite). A resumed run
+    appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run.
+
+    Args:
+        output_dir: the folder of the run.
+        resume_step: first step of a resumed run; TensorBoard hides what an interrupted run wrote from there on.
+    """
+
+    def __init__(self, output_dir: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self.board: Any = None
+        self._complained: set[str] = set()
+        self._attempt(str(self.path), self._open_lines)
+        self._attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
+
+    def scalars(self, step: int, epoch: float, values: dict[str, Any], kind: str = "train") -> None:
+        """Write named numbers (floats, ints, one-element tensors) of one moment; TensorBoard gets `<kind>/<name>`."""
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"kind": kind, "step": step, "epoch": epoch}
+        line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        self._attempt(str(self.path), self._append, json.dumps(line, allow_nan=False) + "\n")
+        for name, number in numbers.items():
+            self._on_board("add_scalar", f"{kind}/{name}", number, step)
+
+    def image(self, tag: str, picture: torch.Tensor, step: int) -> None:
+        """Show a uint8 picture (3, H, W) in TensorBoard."""
+        self._on_board("add_image", tag, picture, step)
+
+    def close(self) -> None:
+        self._on_board("close")
+        self.board = None
+
+    def _open_lines(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n"):
+            self._append("\n")  # a killed run may leave half a line
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _open_board(self, folder: Path, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+        self.board = SummaryWriter(folder, purge_step=resume_step, flush_secs=30)
+
+    def _on_board(self, method: str, *args: Any) -> None:
+        if self.board is not None and not self._attempt("TensorBoard", getattr(self.board, method), *args):
+            self.board = None
+
+    def _attempt(self, what: str, call: Callable[..., None], *args: Any) -> bool:
+        try:
+            call(*args)
+        except Exception as error:
+            if what not in self._complained:
+                self._complained.add(what)
+                logger.warning("%s cannot be written (%s: %s); the run goes on", what, type(error).__name__, error)
+            return False
+        return True

@@ -1,0 +1,76 @@
+"""Pictures of what the patch selection does, as uint8 tensors.
+
+Shape letters: M modalities, N patches, H W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GAP = 2  # white pixels between panels
+DARKENED = 0.2  # brightness that a dropped patch keeps
+HEAT = ((0.0, 0.0, 0.2), (0.3, 0.0, 0.6), (0.85, 0.15, 0.4), (1.0, 0.6, 0.1), (1.0, 1.0, 0.7))  # low to high score
+
+
+@torch.no_grad()
+def draw_selection(
+    images: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    grid: tuple[int, int],
+    mean: tuple[float, float, float] | list[float],
+    std: tuple[float, float, float] | list[float],
+) -> Tensor:
+    """One sample: a row for each modality, with the image, its kept patches (the others darkened) and its scores.
+
+    Scores are coloured from dark blue (lowest of that modality) to light yellow (highest). The patch grid is stretched
+    over the image, which is exact where patches tile it and close where they overlap.
+
+    Args:
+        images: (M, 3, H, W), normalised by `mean` and `std`.
+        mask: (M, N) bool, True where a patch is kept.
+        scores: (M, N).
+        grid: patches down and across, N = their product.
+
+    Returns:
+        (3, M * H + gaps, 3 * W + gaps) uint8 on the CPU.
+    """
+    images, scores = images.float().cpu(), scores.float().cpu()
+    modalities, _, *size = images.shape
+    pixels = (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
+
+    kept = F.interpolate(mask.cpu().float().view(modalities, 1, *grid), size=size)  # nearest: patches stay square
+    chosen = pixels * (DARKENED + (1 - DARKENED) * kept)
+
+    low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    heat = _colours((scores - low) / (high - low).clamp_min(1e-6)).view(modalities, *grid, 3).permute(0, 3, 1, 2)
+    grey = pixels.mean(dim=1, keepdim=True)
+    heat = 0.3 * grey + 0.7 * F.interpolate(heat, size=size)
+
+    rows = [_join(panels, dim=2) for panels in zip(pixels, chosen, heat, strict=True)]
+    return (_join(rows, dim=1) * 255).round().to(torch.uint8)
+
+
+def stack_samples(pictures: list[Tensor]) -> Tensor:
+    """Put pictures (3, H, W) of one size side by side, with a wider gap between them."""
+    return _join(pictures, dim=2, gap=4 * GAP, white=255)
+
+
+def _per_channel(values: tuple[float, float, float] | list[float]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def _colours(values: Tensor) -> Tensor:
+    """Colours (..., 3) of values in [0, 1], linear between the stops of HEAT; what is not a number is the lowest."""
+    stops = torch.tensor(HEAT)
+    place = values.nan_to_num(0.0).clamp(0, 1) * (len(stops) - 1)
+    below = place.long().clamp_max(len(stops) - 2)
+    return torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
+
+
+def _join(panels: list[Tensor] | tuple[Tensor, ...], dim: int, gap: int = GAP, white: int = 1) -> Tensor:
+    """Concatenate (3, H, W) panels along `dim` (1 down, 2 across) with white between them."""
+    shape = list(panels[0].shape)
+    shape[dim] = gap
+    between = panels[0].new_full(shape, white)
+    return torch.cat([piece for panel in panels for piece in (between, panel)][1:], dim=dim)
