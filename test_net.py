@@ -7,7 +7,8 @@ from data import make_dataloader
 from engine import do_inference
 from engine.device import select_device
 from modeling import make_model
-from utils.checkpoint import load_weights
+from modeling.foreign import stored_sizes
+from utils.checkpoint import load_weights, read_file, state_dict_in
 from utils.cli import config_parser, run
 from utils.errors import UserError
 from utils.logging import setup_logging
@@ -27,7 +28,13 @@ def main(config_file: str, opts: list[str]) -> None:
     device = select_device(cfg.MODEL.DEVICE)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
     data = make_dataloader(cfg, train=False)
-    model = make_model(cfg, num_classes=data.num_classes, num_cameras=data.num_cameras, pretrained=False)
+    classes, cameras = stored_sizes(state_dict_in(read_file(cfg.TEST.WEIGHT), cfg.TEST.WEIGHT))
+    if cameras is not None and int(data.val.camids.max()) >= cameras:
+        raise UserError(
+            f"{cfg.TEST.WEIGHT} knows {cameras} cameras, the test images come from {int(data.val.camids.max()) + 1}: "
+            "its camera embedding has no row for them. Test it on the data set it was trained on."
+        )
+    model = make_model(cfg, num_classes=classes or 0, num_cameras=cameras or 0, pretrained=False)
     load_weights(model, cfg.TEST.WEIGHT)
     setup_logging(cfg.OUTPUT_DIR)
     do_inference(cfg, model.to(device), data)

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 import configs
 from utils.errors import UserError
 from utils.files import save_text
+from utils.logging import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def _set_aside(out: Path, resume_from: Path, epoch: int, name: str) -> None:
         if path.exists():
             shutil.copy2(path, aside / path.name)
     if (out / METRICS_LOG).exists():
-        lines = (out / METRICS_LOG).read_text().splitlines(keepends=True)
-        save_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch), out / METRICS_LOG)
+        kept = [line for line in read_metrics(out / METRICS_LOG) if line["epoch"] <= epoch]
+        save_text("".join(json.dumps(line) + "\n" for line in kept), out / METRICS_LOG)
     log.info("going on from %s; what came after it was moved to %s", resume_from.name, aside)
 
 

@@ -215,7 +215,7 @@ def _record_evaluation(result: EvalResult, writer: MetricsWriter, epoch: int, gl
     scalars = {f"{branch}/{k}": v for branch, row in result.metrics.items() for k, v in row.items()}
     writer.scalars(global_step, epoch, scalars | result.statistics, kind="eval")
     if result.picture is not None:
-        writer.image("selection", result.picture, global_step)
+        writer.image("selection", result.picture, global_step, epoch)
     log.info("evaluation after epoch %d\n%s", epoch, format_table(result.metrics))
 
 

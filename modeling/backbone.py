@@ -79,6 +79,13 @@ class Backbone(nn.Module):
                 **({"depth": depth} if depth else {}),
             )
 
+        if depth:
+            with torch.device("meta"):
+                blocks = len(timm.create_model(self.timm_name, pretrained=False).blocks)
+            if depth > blocks:
+                raise UserError(
+                    f"MODEL.DEPTH is {depth}, but {vit_name} has {blocks} blocks; give 1 to {blocks}, or 0 for all."
+                )
         self.vit = create(self.img_size)
         if self.vit.cls_token is None or not isinstance(self.vit.patch_embed, PatchEmbed):
             raise UserError(

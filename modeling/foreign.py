@@ -50,6 +50,13 @@ def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(_translate(name.removeprefix("module."), tensor) for name, tensor in state.items())
 
 
+def stored_sizes(state: dict[str, Tensor]) -> tuple[int | None, int | None]:
+    """How many identities and cameras a whole-model checkpoint was trained on; None for what it does not hold."""
+    shapes = {name: tensor.shape for name, tensor in translate(state).items()}
+    classes = next((s[0] for name, s in shapes.items() if re.fullmatch(r"heads\.\w+\.classifier\.weight", name)), None)
+    return classes, shapes["backbone.cam_embed"][0] if "backbone.cam_embed" in shapes else None
+
+
 def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     if name == "BACKBONE.cv_embed":
         return "backbone.cam_embed", tensor.flatten(0, 1)  # (cameras, 1, W)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import REFERENCE, reference_weight
 
 import train_net
 from utils.checkpoint import read_file
@@ -104,6 +105,40 @@ def test_bare_weights_go_on_at_the_next_epoch(tiny_yaml, one_epoch, tmp_path, ca
     shutil.copy(bare, tmp_path / "best.pth")
     with pytest.raises(UserError, match="Rename it to best_<n>.pth"):
         train(tiny_yaml, "OUTPUT_DIR", f"{tmp_path}/new2", "TEST.WEIGHT", f"{tmp_path}/best.pth")
+
+
+def test_a_checkpoint_of_the_fork_goes_on(tiny_yaml, tmp_path, caplog):
+    """Its own key names, here with one block, the identities and cameras of the small data set."""
+    shapes = {}
+    for name in ("baseline_rgbnt201", "sdtps"):
+        shapes |= json.loads((REFERENCE / f"{name}.keys.json").read_text())
+    shapes = {k: v for k, v in shapes.items() if "resblocks" not in k or "resblocks.0." in k}
+    shapes |= {k.replace("bottleneck", "bottleneck_sdtps"): v for k, v in shapes.items() if k.startswith("bottleneck.")}
+    shapes |= {"classifier.weight": [6, 1536], "classifier_sdtps.weight": [6, 1536], "BACKBONE.cv_embed": [2, 1, 768]}
+    fork = {key: reference_weight(key, tuple(shape)) for key, shape in shapes.items()}
+    torch.save(fork, tmp_path / "DeMo_4.pth")
+    config = tmp_path / "fork.yml"
+    config.write_text(f"_BASE_: [{ROOT}/configs/RGBNT201/DeMo_SDTPS_fork.yml, {tiny_yaml}]")
+    opts = ["MODEL.TRANSFORMER_TYPE", "ViT-B-16", "MODEL.DEPTH", "1", "SOLVER.IMS_PER_BATCH", "4"]
+    opts += ["INPUT.SIZE_TRAIN", "[256, 128]", "INPUT.SIZE_TEST", "[256, 128]", "MODEL.SDTPS_WARMUP_EPOCHS", "0"]
+    caplog.set_level("INFO")
+    # 64 * 0.4 is 25.6: 25 tokens here and in the fork
+    train_net.main(str(config), [*opts, "SOLVER.MAX_EPOCHS", "5", "TEST.WEIGHT", f"{tmp_path}/DeMo_4.pth"])
+    assert "going on at epoch 5 with a fresh optimizer" in caplog.text
+    assert read_file(tmp_path / "run" / "last.pth")["epoch"] == 5
+    with pytest.raises(UserError, match=r"SDTPS_AGGR_RATIO 0.4 fits"):
+        train_net.main(
+            str(config),
+            [
+                *opts,
+                "MODEL.SDTPS_AGGR_RATIO",
+                "0.5",
+                "OUTPUT_DIR",
+                f"{tmp_path}/b",
+                "TEST.WEIGHT",
+                f"{tmp_path}/DeMo_4.pth",
+            ],
+        )
 
 
 def test_an_edited_yaml_wins_and_is_listed(tiny_yaml, one_epoch, caplog):

@@ -230,6 +230,11 @@ def test_unsuitable_names_are_told(name, told):
     assert name in str(error.value)
 
 
+def test_more_blocks_than_there_are_are_told():
+    with pytest.raises(UserError, match="DEPTH is 13.*has 12 blocks"):
+        Backbone(TINY, img_size=(64, 32), depth=13)
+
+
 def test_unsuitable_sizes_are_told():
     with pytest.raises(UserError, match=r"\[8, 32\].*16x16"):
         Backbone(TINY, img_size=(8, 32), depth=1)

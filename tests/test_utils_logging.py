@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.logging import OWN_LOGGERS, MetricsWriter, setup_logging
+from utils.logging import OWN_LOGGERS, MetricsWriter, read_metrics, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -84,22 +85,25 @@ def test_metrics_go_to_both_places(tmp_path):
         {"kind": "train", "step": 10, "epoch": 1, "loss": 1.5, "acc": 0.0, "grad_norm/heads": None, "scale": None},
         {"kind": "eval", "step": 54, "epoch": 1, "mAP": 0.25},
     ]
-    writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), 54)
+    writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), 54, 3)
     writer.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(10, 1.5)]
     assert [(event.step, event.value) for event in board.Scalars("eval/mAP")] == [(54, 0.25)]
     assert [(image.step, image.height, image.width) for image in board.Images("selection")] == [(54, 8, 4)]
+    with Image.open(tmp_path / "pictures" / "selection_epoch_003.png") as picture:
+        assert picture.size == (4, 8)
 
 
 def test_a_resumed_run_appends_after_half_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1, "epoch": 1}\n{"kind": "tr')
+    assert read_metrics(path) == [{"kind": "train", "step": 1, "epoch": 1}]
     writer = MetricsWriter(tmp_path, resume_step=2)
     writer.scalars(2, 1, {"loss": 1.0})
     writer.close()
     texts = path.read_text().splitlines()
-    assert len(texts) == 3 and json.loads(texts[2]) == {"kind": "train", "step": 2, "epoch": 1, "loss": 1.0}
+    assert len(texts) == 2 and json.loads(texts[1]) == {"kind": "train", "step": 2, "epoch": 1, "loss": 1.0}
 
 
 def test_what_cannot_be_written_is_told_once_and_survived(tmp_path, caplog):
@@ -109,10 +113,10 @@ def test_what_cannot_be_written_is_told_once_and_survived(tmp_path, caplog):
         writer = MetricsWriter(tmp_path)
         for step in range(5):
             writer.scalars(step, 1, {"loss": 1.0})
-            writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), step)
+            writer.image("selection", torch.zeros(3, 8, 4, dtype=torch.uint8), step, 1)
         writer.close()
     messages = [record.getMessage() for record in caplog.records if "the run goes on" in record.getMessage()]
-    assert len(messages) == 2
+    assert len(messages) == 2  # the picture's file could be written
     assert "metrics.jsonl" in messages[0] + messages[1] and "TensorBoard" in messages[0] + messages[1]
 
 

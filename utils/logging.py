@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
@@ -73,6 +74,19 @@ class _LogFileHandler(logging.FileHandler):
             super().handleError(record)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; half a line at its end, which a killed run may leave, is passed over.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}. Give a file that train_net.py wrote.") from error
+
+
 class MetricsWriter:
     """Numbers and pictures of a run: TensorBoard events in `<output_dir>/tensorboard`, lines in `metrics.jsonl`.
 
@@ -100,9 +114,11 @@ class MetricsWriter:
         for name, number in numbers.items():
             self._on_board("add_scalar", f"{kind}/{name}", number, step)
 
-    def image(self, tag: str, picture: torch.Tensor, step: int) -> None:
-        """Show a uint8 picture (3, H, W) in TensorBoard."""
+    def image(self, tag: str, picture: torch.Tensor, step: int, epoch: int) -> None:
+        """Show a uint8 picture (3, H, W) in TensorBoard, and keep it as `pictures/<tag>_epoch_<n>.png`."""
         self._on_board("add_image", tag, picture, step)
+        path = self.path.parent / "pictures" / f"{tag}_epoch_{epoch:03d}.png"
+        self._attempt(str(path.parent), self._save_picture, picture, path)
 
     def close(self) -> None:
         self._on_board("close")
@@ -110,12 +126,16 @@ class MetricsWriter:
 
     def _open_lines(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n"):
-            self._append("\n")  # a killed run may leave half a line
+        if self.path.exists() and not (lines := self.path.read_bytes()).endswith(b"\n"):
+            self.path.write_bytes(lines[: lines.rfind(b"\n") + 1])  # a killed run may leave half a line
 
     def _append(self, text: str) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
+
+    def _save_picture(self, picture: torch.Tensor, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
     def _open_board(self, folder: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
