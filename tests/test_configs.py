@@ -1,5 +1,7 @@
 """The config system: what it reads, what it refuses, and how it says so."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -369,3 +371,10 @@ def test_describe_lists_every_key():
     rows = [line for line in describe().splitlines() if line.startswith("| `")]
     assert len(rows) == len(FLAT_KEYS)
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+def test_the_configuration_page_is_up_to_date():
+    """docs/configuration.md is what `python -m configs` prints."""
+    root = Path(__file__).parent.parent
+    printed = subprocess.run([sys.executable, "-m", "configs"], cwd=root, capture_output=True, text=True, check=True)
+    assert (root / "docs" / "configuration.md").read_text() == printed.stdout

@@ -7,9 +7,10 @@ import torch
 
 import test_net
 import train_net
+from configs import load_cfg
 from data import make_dataloader
 from engine import evaluate
-from engine.evaluator import MISSING_PATTERNS, extract_features, format_table
+from engine.evaluator import MISSING_PATTERNS, extract_features, format_table, rank
 from modeling import make_model
 from utils.errors import UserError
 
@@ -72,7 +73,7 @@ def test_evaluation_leaves_no_trace(setup):
 
 
 def test_missing_modalities_zero_the_images(setup):
-    _, model, data = setup()
+    cfg, model, data = setup()
     present = torch.tensor([True, False, False])
     features, _, _ = extract_features(model, data.val, present=present)
     batch = next(iter(data.val))
@@ -80,6 +81,20 @@ def test_missing_modalities_zero_the_images(setup):
     with torch.no_grad():
         expected = model.eval()(alone, batch.camid).features["ori"]
     torch.testing.assert_close(features["ori"][: len(expected)], expected)
+    norm = float(features["ori"].norm(dim=-1).mean())
+    for missing, same in (("nt", True), ("rt", False), ("", False)):
+        found = evaluate(cfg, model, data.val, missing=missing).statistics["feature_norm/ori"]
+        assert (found == pytest.approx(norm, rel=1e-6)) == same, missing
+
+
+def test_feat_norm_ranks_by_the_angle(setup):
+    cfg, _, data = setup()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(len(data.val.pids), 5, generator=generator)
+    scaled = features * (0.1 + 10 * torch.rand(len(features), 1, generator=generator))
+    assert rank(cfg, features, data.val) == pytest.approx(rank(cfg, scaled, data.val))
+    plain, _, _ = setup("TEST.FEAT_NORM", "no")
+    assert rank(plain, features, data.val) != pytest.approx(rank(plain, scaled, data.val))
 
 
 def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
@@ -109,6 +124,9 @@ def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
     train = next(line for line in lines if line["kind"] == "train")
     wanted = {"loss", "id/ori", "triplet/sdtps", "acc", "grad_norm/backbone", "backbone", "sdtps/kept_range/RGB"}
     assert wanted <= train.keys() and train["samples_per_second"] > 0
+    rates = [(line["step"], line["heads"]) for line in lines if line["kind"] == "train"]
+    steps = len(make_dataloader(load_cfg(tiny_yaml)).train)
+    assert rates[0] == (2, pytest.approx(1e-3 * (0.1 + 0.9 / steps)))  # the second step of the one epoch of warm-up
     assert any(line["kind"] == "probe" and line["probe/backbone_score"] > 0 for line in lines)
 
 

@@ -15,6 +15,7 @@ from reference import REFERENCE, reference_weight
 import train_net
 from utils.checkpoint import read_file
 from utils.errors import UserError
+from utils.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STOCHASTIC = ("MODEL.DROP_PATH", "0.3", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.EMA_DECAY", "0.9")
@@ -78,6 +79,11 @@ def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
     assert state["epoch"] == 1 and state["step"] > 0
     train(tiny_yaml, *opts, "OUTPUT_DIR", str(stopped), "TEST.WEIGHT", f"{stopped}/last.pth")
     assert_same_state(tmp_path / "whole" / "last.pth", stopped / "last.pth")
+    means = [
+        {line["epoch"]: line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "epoch"}
+        for run in (tmp_path / "whole", stopped)
+    ]
+    assert means[0] == means[1]  # also of the epoch that was cut in two
 
 
 @pytest.fixture
