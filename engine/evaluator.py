@@ -20,7 +20,7 @@ from modeling.sdtps import Selection
 from utils.files import save_text
 from utils.metrics import pairwise_distance, rank_metrics
 from utils.modalities import MODALITIES
-from utils.pictures import draw_selection, stack_samples
+from utils.pictures import draw_selection, draw_share, stack_samples
 from utils.reranking import re_ranking
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class EvalResult:
     """Per branch: mAP, R1, R5, R10, in percent."""
     statistics: dict[str, float] = field(default_factory=dict)
     """Mean feature norm of each branch, and what SDTPS chose (see `engine.monitor.SelectionMonitor`)."""
-    picture: Tensor | None = None
-    """(3, H, W) uint8: kept patches and scores on a few fixed test images."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """(3, H, W) uint8: `selection`, kept patches and scores on a few fixed test images; `kept_share`, the share of test
+    images that keep each patch of the grid."""
 
 
 @torch.no_grad()
@@ -133,11 +134,15 @@ def evaluate(cfg: CfgNode, model: ReIDModel, val: EvalLoader, *, missing: str = 
     )
     metrics = {name: rank(cfg, f, val) for name, f in features.items()}
     statistics = {f"feature_norm/{name}": float(f.norm(dim=-1).mean()) for name, f in features.items()}
+    drawings, grid = {}, model.backbone.grid
     mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
-    drawn = [draw_selection(k.images, k.mask, k.scores, model.backbone.grid, *mean_std) for k in kept]
-    return EvalResult(
-        metrics, statistics | (monitor.read() if monitor else {}), stack_samples(drawn) if drawn else None
-    )
+    if kept:
+        samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in kept]
+        drawings["selection"] = stack_samples(samples)
+    if monitor:
+        share = monitor.cell_share()
+        drawings["kept_share"] = draw_share(torch.stack([share[m] for m in MODALITIES]), grid)
+    return EvalResult(metrics, statistics | (monitor.read() if monitor else {}), drawings)
 
 
 def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> str:

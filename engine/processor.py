@@ -214,8 +214,8 @@ def _score(metrics: dict) -> float:
 def _record_evaluation(result: EvalResult, writer: MetricsWriter, epoch: int, global_step: int) -> None:
     scalars = {f"{branch}/{k}": v for branch, row in result.metrics.items() for k, v in row.items()}
     writer.scalars(global_step, epoch, scalars | result.statistics, kind="eval")
-    if result.picture is not None:
-        writer.image("selection", result.picture, global_step, epoch)
+    for name, picture in result.pictures.items():
+        writer.image(name, picture, global_step, epoch)
     log.info("evaluation after epoch %d\n%s", epoch, format_table(result.metrics))
 
 

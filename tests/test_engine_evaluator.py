@@ -51,7 +51,8 @@ def test_metrics_of_every_branch_against_loops(setup):
         assert row["mAP"] == pytest.approx(mean_ap, abs=1e-3) and row["R1"] == pytest.approx(rank1, abs=1e-3)
     assert result.statistics["feature_norm/ori"] == pytest.approx(float(features["ori"].norm(dim=-1).mean()))
     assert 0 <= result.statistics["sdtps/agreement/RGB-TI"] <= 1
-    assert result.picture.dtype == torch.uint8 and result.picture.shape[0] == 3
+    assert result.pictures["selection"].dtype == torch.uint8 and result.pictures["selection"].shape[0] == 3
+    assert result.pictures["kept_share"].shape == (3, 4 * 12, 3 * 2 * 12 + 2 * 2)
 
 
 def test_one_pass_over_distinct_images(setup):

@@ -1,6 +1,6 @@
 import torch
 
-from utils.pictures import DARKENED, GAP, draw_selection, stack_samples
+from utils.pictures import DARKENED, GAP, draw_selection, draw_share, stack_samples
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.5, 0.25, 0.2]
 
@@ -63,3 +63,12 @@ def test_stack_samples():
     assert stacked.dtype == torch.uint8 and stacked.shape == (3, picture.shape[1], 3 * width + 2 * 4 * GAP)
     assert torch.equal(stacked[:, :, :width], picture) and torch.equal(stacked[:, :, -width:], picture)
     assert (stacked[:, :, width : width + 4 * GAP] == 255).all()
+
+
+def test_draw_share_colours_every_cell():
+    picture = draw_share(torch.tensor([[0.0, 1.0, 0.5, 0.0], [1.0] * 4]), (2, 2), cell=3)
+    assert picture.shape == (3, 6, 6 + 2 + 6) and picture.dtype == torch.uint8
+    dark, light = picture[:, 0, 0], picture[:, 0, 3]
+    assert light.sum() > dark.sum() and torch.equal(picture[:, 5, 5], dark)
+    assert torch.equal(picture[:, 2, 2], dark) and torch.equal(picture[:, 3, 8], light)
+    assert (picture[:, :, 6:8] == 255).all()

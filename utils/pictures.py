@@ -51,6 +51,23 @@ def draw_selection(
     return (_join(rows, dim=1) * 255).round().to(torch.uint8)
 
 
+@torch.no_grad()
+def draw_share(share: Tensor, grid: tuple[int, int], cell: int = 12) -> Tensor:
+    """The share of images that keep each patch (M, N), from dark blue (none) to light yellow (all), side by side.
+
+    Args:
+        share: (M, N), in [0, 1].
+        grid: patches down and across, N = their product.
+        cell: pixels a side of one patch.
+
+    Returns:
+        (3, rows * cell, M * columns * cell + gaps) uint8 on the CPU.
+    """
+    heat = (_colours(share.float().cpu()) * 255).round().to(torch.uint8).unflatten(1, grid).permute(0, 3, 1, 2)
+    large = heat.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
+    return _join(tuple(large), dim=2, white=255)
+
+
 def stack_samples(pictures: list[Tensor]) -> Tensor:
     """Put pictures (3, H, W) of one size side by side, with a wider gap between them."""
     return _join(pictures, dim=2, gap=4 * GAP, white=255)
