@@ -21,6 +21,7 @@ PY := $(VENV)/bin/python
 RUN := $(patsubst configs/%.yml,runs/%,$(CONFIG))
 RESUME = $(if $(findstring OUTPUT_DIR,$(OPTS)),,$(if $(wildcard $(RUN)/last.pth),TEST.WEIGHT $(RUN)/last.pth))
 DATA := $(if $(filter configs/sample/%,$(CONFIG)),sample-data)
+SAMPLE := $(or $(filter RGBNT100 MSVR310,$(basename $(notdir $(CONFIG)))),RGBNT201)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +51,7 @@ venv-dev: ## the same, with what tests and lint need
 	$(call install,requirements.txt requirements-dev.txt)
 
 sample-data: venv
-	@[ -d datasets/sample/RGBNT201 ] || "$(PY)" -m data.synthetic --out datasets/sample --preset mini
+	@[ -d datasets/sample/$(SAMPLE) ] || "$(PY)" -m data.synthetic --out datasets/sample --dataset $(SAMPLE) --preset mini
 
 train: venv $(DATA) ## train CONFIG, by default SDTPS on sample data; goes on where it stopped
 	"$(PY)" train_net.py --config_file $(CONFIG) $(RESUME) $(OPTS)

@@ -267,15 +267,16 @@ def _add_empty(faults: Faults, folder: Path) -> None:
 def _not_found(name: str, layout: Layout, root: Path) -> str:
     download = "https://github.com/924973292/TOP-ReID#datasets"
     sample = f"python -m data.synthetic --out {shlex.quote(str(root))}"
-    lines = [
-        f"{name} was not found: there is no folder {root / layout.home}.",
-        f"  Download {name} (its authors' links: {download}) and unpack it to {root / layout.home},",
-        f"  or set DATASETS.ROOT_DIR, {str(root)!r} now, to the folder that holds {Path(layout.home).parts[0]},",
-        f"  or write sample data, which has RGBNT201's layout: {sample}",
-    ]
     if name != "RGBNT201":
-        lines.append("  and set DATASETS.NAMES to RGBNT201.")
-    return "\n".join(lines)
+        sample += f" --dataset {name}"
+    return "\n".join(
+        [
+            f"{name} was not found: there is no folder {root / layout.home}.",
+            f"  Download {name} (its authors' links: {download}) and unpack it to {root / layout.home},",
+            f"  or set DATASETS.ROOT_DIR, {str(root)!r} now, to the folder that holds {Path(layout.home).parts[0]},",
+            f"  or write sample data in its layout: {sample}",
+        ]
+    )
 
 
 def _log_counts(splits: DatasetSplits, layout: Layout) -> None:

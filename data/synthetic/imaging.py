@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-HEIGHT, WIDTH = 256, 128
-"""Size of every image that is written, in pixels."""
 OVERSAMPLING = 2
 """Things are drawn this many times larger, then averaged down."""
 CHANNELS = 6
 REFLECTANCE, NI, TI, GLOW = slice(0, 4), 3, 4, 5
 
-Material = tuple[float, float, float, float, float, float]
+Material = tuple[float, ...]
+"""The six numbers of a surface that is the same everywhere."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,22 @@ def compose(surface: np.ndarray, layer: Layer) -> np.ndarray:
 
 def cast_shadow(surface: np.ndarray, x: float, y: float, reach: float, strength: float) -> np.ndarray:
     """Darken the ground around (x, y): the soft shadow under something `reach` pixels wide. Heat has no shadow."""
-    rows, columns = np.ogrid[:HEIGHT, :WIDTH]
+    rows, columns = _grid(surface)
     depth = np.exp(-(((columns - x) / reach) ** 2) - ((rows - y) / (0.22 * reach)) ** 2).astype(np.float32)
     shaded = surface.copy()
     shaded[..., REFLECTANCE] *= 1 - strength * depth[..., None]
     return shaded
+
+
+def add_halo(surface: np.ndarray, x: float, y: float, reach: float, strength: float) -> np.ndarray:
+    """The glare of a lamp at (x, y): it glows in visible light and is bright in near-infrared."""
+    rows, columns = _grid(surface)
+    distance = np.hypot(columns - x, rows - y)
+    glare = (np.exp(-distance / reach) + 0.8 * np.exp(-((distance / (0.45 * reach)) ** 2))).astype(np.float32)
+    lit = surface.copy()
+    lit[..., GLOW] += np.float32(1.3 * strength) * glare
+    lit[..., NI] += np.float32(0.6 * strength) * glare
+    return lit
 
 
 def record(surface: np.ndarray, camera: Camera, light: Light, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -144,7 +154,7 @@ def _record_rgb(
 ) -> np.ndarray:
     exposure = light.exposure * rng.lognormal(0, 0.12 + 0.16 * light.spot)
     colour = exposure * np.array(light.colour) * camera.cast * rng.normal(1, 0.03, 3)
-    lamp = _lamp(rng, light.spot)
+    lamp = _lamp(rng, surface, light.spot)
     image = surface[..., :3] * (lamp[..., None] * colour.astype(np.float32))
     image += surface[..., GLOW, None] * np.float32(light.glow) * np.array([1.0, 0.86, 0.6], np.float32)
     if rng.random() < light.flare:
@@ -158,7 +168,7 @@ def _record_ni(
     surface: np.ndarray, camera: Camera, light: Light, blur: float, motion: int, rng: np.random.Generator
 ) -> np.ndarray:
     gain = camera.ni_gain * light.ni_exposure * rng.lognormal(0, 0.1)
-    image = surface[..., NI] * _lamp(rng, 0.5 * light.spot) * np.float32(gain)
+    image = surface[..., NI] * _lamp(rng, surface, 0.5 * light.spot) * np.float32(gain)
     image = _blur(image[..., None], blur + 0.1, motion)
     grain = rng.standard_normal(image.shape, np.float32) * np.float32(0.012 + 0.3 * light.noise)
     return np.repeat(_to_bytes(image + grain), 3, axis=2)
@@ -166,28 +176,32 @@ def _record_ni(
 
 def _record_ti(surface: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.ndarray:
     """Half the resolution, soft, with faint column noise and automatic gain."""
+    height, width = surface.shape[:2]
     heat = surface[..., TI] * np.float32(camera.ti_gain * rng.normal(1, 0.05)) + np.float32(
         camera.ti_offset + rng.normal(0, 0.025)
     )
-    picture = Image.fromarray(_to_bytes(heat)).resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.BOX)
-    picture = picture.filter(ImageFilter.GaussianBlur(0.75)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    columns = rng.standard_normal((1, WIDTH), np.float32) * np.float32(0.008)
-    grain = rng.standard_normal((HEIGHT, WIDTH), np.float32) * np.float32(0.014)
+    picture = Image.fromarray(_to_bytes(heat)).resize((width // 2, height // 2), Image.Resampling.BOX)
+    picture = picture.filter(ImageFilter.GaussianBlur(0.75)).resize((width, height), Image.Resampling.BICUBIC)
+    columns = rng.standard_normal((1, width), np.float32) * np.float32(0.008)
+    grain = rng.standard_normal((height, width), np.float32) * np.float32(0.014)
     return np.repeat(_to_bytes(np.asarray(picture, np.float32) / 255 + columns + grain)[..., None], 3, axis=2)
 
 
-def _lamp(rng: np.random.Generator, spot: float) -> np.ndarray:
+def _lamp(rng: np.random.Generator, surface: np.ndarray, spot: float) -> np.ndarray:
     """Relative brightness (H, W) of light that falls off around a random point; `spot` = 0 is even light."""
-    rows, columns = np.ogrid[:HEIGHT, :WIDTH]
-    y, x = rng.uniform(-0.1, 0.9) * HEIGHT, rng.uniform(0.1, 0.9) * WIDTH
-    distance = ((rows - y) / HEIGHT) ** 2 + ((columns - x) / HEIGHT) ** 2
+    height, width = surface.shape[:2]
+    rows, columns = _grid(surface)
+    y, x = rng.uniform(-0.1, 0.9) * height, rng.uniform(0.1, 0.9) * width
+    reach = max(height, width)
+    distance = ((rows - y) / reach) ** 2 + ((columns - x) / reach) ** 2
     return (1 - spot + spot * 1.35 * np.exp(-2.2 * distance)).astype(np.float32)
 
 
 def _add_flare(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A light source in or beside the picture: halo, streaks, ghosts on the line through the centre, veiling haze."""
-    rows, columns = np.ogrid[:HEIGHT, :WIDTH]
-    x, y = rng.uniform(-10, WIDTH + 10), rng.uniform(-10, 0.75 * HEIGHT)
+    height, width = image.shape[:2]
+    rows, columns = _grid(image)
+    x, y = rng.uniform(-10, width + 10), rng.uniform(-10, 0.75 * height)
     strength = rng.uniform(0.4, 1.3)
     dx, dy = columns - x, rows - y
     distance = np.hypot(dx, dy)
@@ -196,7 +210,7 @@ def _add_flare(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         across = dx * math.sin(angle) - dy * math.cos(angle)
         glare = glare + 0.4 * np.exp(-np.abs(across) / 1.6 - distance / 60)
     for step in rng.uniform(0.5, 1.7, 3):
-        ghost_x, ghost_y = x + step * (WIDTH / 2 - x) * 1.3, y + step * (HEIGHT / 2 - y) * 1.3
+        ghost_x, ghost_y = x + step * (width / 2 - x) * 1.3, y + step * (height / 2 - y) * 1.3
         edge = np.hypot(columns - ghost_x, rows - ghost_y) - rng.uniform(5, 16)
         glare = glare + 0.12 / (1 + np.exp(np.clip(edge, -30, 30)))
     colour = np.array([1.0, rng.uniform(0.8, 1.0), rng.uniform(0.55, 1.0)], np.float32)
@@ -211,7 +225,13 @@ def _blur(image: np.ndarray, deviation: float, motion: int) -> np.ndarray:
     if motion == 1:
         return blurred
     padded = np.pad(blurred, ((0, 0), (motion // 2, motion), (0, 0)), mode="edge")
-    return sum(padded[:, i : i + WIDTH] for i in range(motion)) / np.float32(motion)
+    return sum(padded[:, i : i + image.shape[1]] for i in range(motion)) / np.float32(motion)
+
+
+def _grid(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (H, 1) and column numbers (1, W)."""
+    rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
+    return rows, columns
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.synthetic.body import Canvas, Paint, Pose, View, walk
+from data.synthetic.body import Pose, walk
+from data.synthetic.canvas import Canvas, Paint, View
 from data.synthetic.identity import LEG_PATTERNS, SLEEVE_PATTERNS, TORSO_PATTERNS, Identity
 from data.synthetic.imaging import TI, Layer, layer_from_labels, smooth_noise
 
+SIZE = HEIGHT, WIDTH = 256, 128
+"""Size of a picture of a person, in pixels."""
 SLEEVES = {"tee": 0.62, "vest": 0.06, "puffer": 2.0}
 """How far a sleeve reaches: 0 shoulder, 1 elbow, 2 wrist; long where nothing is said."""
 SLOTS = ("skin", "hands", "hair", "features", "top", "inner", "bottom", "shoes", "soles", "bag", "hat", "socks")
@@ -23,7 +26,7 @@ def draw_person(
     `heat_drift` (slots,) is how much warmer than usual each piece of clothing is now: wind, sun and walking change that
     from one encounter to the next. `rng` adds what differs from frame to frame (arm swing, folds).
     """
-    canvas = Canvas(view, light_side)
+    canvas = Canvas(view, light_side, HEIGHT, WIDTH)
     standing = rng.random() < 0.2
     stride = (
         person.stride * (0.06 if standing else rng.uniform(0.2, 0.4)) * (0.5 if person.bottom == "long skirt" else 1.0)
@@ -34,8 +37,9 @@ def draw_person(
     _draw_arms(canvas, person, pose)
     _draw_head(canvas, person, pose)
     _draw_bag(canvas, person, pose)
-    height, width = canvas.labels.shape
-    folds = smooth_noise(rng, height, width, 22, 14) * 0.09 + smooth_noise(rng, height, width, 9, 5) * 0.06
+    folds = 0.09 * smooth_noise(rng, *canvas.labels.shape, 22, 14) + 0.06 * smooth_noise(
+        rng, *canvas.labels.shape, 9, 5
+    )
     materials = np.array([material for slot in SLOTS for material in person.garments[slot].materials])
     materials[:, TI] += np.repeat(heat_drift, len(materials) // len(SLOTS))
     warmth = 0.84 + 0.18 * np.clip(canvas.shade, 0, 1) + 0.35 * folds

@@ -1,22 +1,11 @@
-"""Flat drawing, and things that stand in a street behind a person or in front: cars, bins, signs, bushes, poles."""
+"""Flat drawing, and things that stand in a street: cars, bins, signs, bushes, poles."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.synthetic.imaging import (
-    CHANNELS,
-    HEIGHT,
-    OVERSAMPLING,
-    WIDTH,
-    Layer,
-    Material,
-    layer_from_labels,
-    smooth_noise,
-)
-
-OCCLUDERS = ("pole", "bush", "car", "railing", "bin", "sign")
+from data.synthetic.imaging import CHANNELS, OVERSAMPLING, Layer, Material, layer_from_labels
 
 CAR_COLOURS = (
     (0.75, 0.75, 0.76),
@@ -35,8 +24,9 @@ WOOD: Material = (0.30, 0.21, 0.14, 0.45, 0.30, 0.0)
 class Painter:
     """Draws flat shapes in pixels of the final image; `layer()` gives what was drawn."""
 
-    def __init__(self, width: int) -> None:
-        self.labels = Image.new("I", (width * OVERSAMPLING, HEIGHT * OVERSAMPLING))
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self.labels = Image.new("I", (width * OVERSAMPLING, height * OVERSAMPLING))
         self._draw = ImageDraw.Draw(self.labels)
         self._materials: list[Material] = []
 
@@ -140,26 +130,3 @@ def draw_sign(painter: Painter, rng: np.random.Generator, x: float, ground: floa
         ground - 4.45 * width,
         (0.9, 0.9, 0.88, 0.85, 0.22, 0.0),
     )
-
-
-def draw_occluder(kind: str, rng: np.random.Generator) -> Layer:
-    """Something between camera and person, over part of the picture."""
-    painter, x = Painter(WIDTH), rng.uniform(0.1, 0.9) * WIDTH
-    if kind == "pole":
-        width = rng.uniform(6, 14)
-        painter.box(x - width / 2, -2, x + width / 2, HEIGHT + 2, METAL if rng.random() < 0.6 else WOOD)
-    elif kind == "bush":
-        draw_leaves(painter, rng, (x - 40, x + 40), (HEIGHT - rng.uniform(50, 105), HEIGHT), 260)
-    elif kind == "car":
-        draw_car(painter, rng, x - rng.choice([0.0, 1.0]) * 210 + rng.uniform(-25, 25), HEIGHT + 22, 210)
-    elif kind == "railing":
-        top = HEIGHT - rng.uniform(55, 95)
-        painter.box(0, top, WIDTH, top + 5, METAL)
-        for bar in np.arange(rng.uniform(0, 16), WIDTH, 16):
-            painter.box(bar, top, bar + 3, HEIGHT, METAL)
-    elif kind == "bin":
-        draw_bin(painter, rng, x - 24, HEIGHT + 8, rng.uniform(38, 54))
-    else:
-        draw_sign(painter, rng, x, HEIGHT + 4, rng.uniform(34, 46))
-    shade = 1 + 0.12 * smooth_noise(rng, HEIGHT * OVERSAMPLING, WIDTH * OVERSAMPLING, 6, 6)
-    return painter.layer(shade)

@@ -1,6 +1,6 @@
-"""Where it happens: a street seen by one camera, drawn as a wide panorama, and the things that stand in the way.
+"""Where it happens: a place seen by one camera, drawn as a wide panorama, and the things that stand in the way.
 
-Scenes are drawn with flat materials and then textured; they know nothing of who walks through them.
+Scenes are drawn with flat materials and then textured; they know nothing of who passes through them.
 """
 
 from __future__ import annotations
@@ -9,46 +9,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.synthetic.imaging import HEIGHT, REFLECTANCE, WIDTH, smooth_noise
-from data.synthetic.props import DARK, METAL, OCCLUDERS, WOOD, Painter, draw_bin, draw_car, draw_leaves, draw_sign, tone
-
-PANORAMA = 6 * WIDTH
-"""Width of a scene in pixels; a frame looks at a part of it."""
+from data.synthetic.imaging import REFLECTANCE, TI, smooth_noise
+from data.synthetic.props import DARK, METAL, WOOD, Painter, draw_bin, draw_car, draw_leaves, draw_sign, tone
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A panorama (H, PANORAMA, 6), and what stands in the way of this camera."""
+    """A panorama (H, width, 6), and what stands in the way of this camera."""
 
     panorama: np.ndarray
     occluders: tuple[str, ...]
 
-    def crop(self, position: float) -> np.ndarray:
+    def crop(self, position: float, width: int) -> np.ndarray:
         """The (H, W, 6) part at `position` in [0, 1] from the left end to the right."""
-        left = round(position * (PANORAMA - WIDTH))
-        return self.panorama[:, left : left + WIDTH].copy()
+        left = round(position * (self.panorama.shape[1] - width))
+        return self.panorama[:, left : left + width].copy()
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw the street of one camera."""
-    painter = Painter(PANORAMA)
-    horizon = rng.uniform(62, 118)
-    _draw_backdrop(painter, rng, horizon)
-    _draw_ground(painter, rng, horizon)
-    _draw_objects(painter, rng, horizon)
-    surface = painter.layer().surface
-    grain = 0.10 * smooth_noise(rng, HEIGHT, PANORAMA, 28, 34) + 0.07 * smooth_noise(rng, HEIGHT, PANORAMA, 7, 7)
-    grain += 0.07 * smooth_noise(rng, HEIGHT, PANORAMA, 2, 2)
+def texture(surface: np.ndarray, rng: np.random.Generator) -> None:
+    """Uneven reflectance, coarse and fine, and uneven heat, on a surface (H, W, 6) of flat materials."""
+    height, width = surface.shape[:2]
+    grain = 0.10 * smooth_noise(rng, height, width, 28, 34) + 0.07 * smooth_noise(rng, height, width, 7, 7)
+    grain += 0.07 * smooth_noise(rng, height, width, 2, 2)
     surface[..., REFLECTANCE] *= 1 + grain[..., None]
-    surface[..., 4] += 0.025 * smooth_noise(rng, HEIGHT, PANORAMA, 30, 40)
-    return Scene(surface, tuple(rng.choice(OCCLUDERS, 3, replace=False)))
+    surface[..., TI] += 0.025 * smooth_noise(rng, height, width, 30, 40)
 
 
-def _draw_backdrop(painter: Painter, rng: np.random.Generator, horizon: float) -> None:
+def draw_backdrop(painter: Painter, rng: np.random.Generator, horizon: float) -> None:
     """Buildings, walls, shops and trees side by side."""
     kinds = list(rng.permutation(["brick", "office", "shop", "concrete", "hedge", "trees", "tiles"])[:4])
     x, number = -20.0, 0
-    while x < PANORAMA:
+    while x < painter.width:
         width = rng.uniform(110, 240)
         _BACKDROPS[kinds[number % len(kinds)]](painter, rng, x, x + width, horizon)
         x, number = x + width, number + 1
@@ -158,55 +149,13 @@ _BACKDROPS = {
 }  # fmt: skip
 
 
-def _draw_ground(painter: Painter, rng: np.random.Generator, horizon: float) -> None:
-    """A pavement of one kind from the horizon to the viewer, its joints in perspective, behind it a kerb and a road."""
-    kind = rng.choice(["asphalt", "slabs", "cobbles", "grass"], p=[0.3, 0.35, 0.2, 0.15])
-    base = {
-        "asphalt": (0.31, 0.31, 0.32),
-        "slabs": (0.56, 0.54, 0.5),
-        "cobbles": (0.43, 0.4, 0.37),
-        "grass": (0.27, 0.36, 0.17),
-    }[kind]
-    colour = tone(rng, base, 0.04)
-    ni = {"asphalt": 0.28, "slabs": 0.5, "cobbles": 0.4, "grass": 0.68}[kind]
-    heat = {"asphalt": 0.38, "slabs": 0.34, "cobbles": 0.36, "grass": 0.24}[kind] + rng.uniform(-0.04, 0.04)
-    painter.box(0, horizon, PANORAMA, HEIGHT, (*colour, ni, heat, 0.0))
-    strip = horizon + rng.uniform(10, 26)
-    painter.box(0, horizon, PANORAMA, strip, (*tone(rng, (0.26, 0.26, 0.27)), 0.25, heat + 0.03, 0.0))
-    painter.box(0, strip, PANORAMA, strip + 4, (*tone(rng, (0.64, 0.63, 0.6)), 0.55, heat - 0.02, 0.0))
-    joint = (*(np.array(colour) * 0.72), ni * 0.75, heat - 0.01, 0.0)
-    if kind in ("slabs", "cobbles"):
-        spacing, vanish = (0.16, 34) if kind == "slabs" else (0.08, 15)
-        distance = 1.0
-        while (y := strip + 5 + (HEIGHT - strip) * (1 / distance - 0.28)) > strip + 5:
-            if y < HEIGHT:
-                painter.box(0, y, PANORAMA, y + 1.2, joint)
-            distance += spacing
-        for x in np.arange(-PANORAMA, 2 * PANORAMA, vanish):
-            far = PANORAMA / 2 + (x - PANORAMA / 2) * 0.72
-            painter.polygon([(far, strip + 5), (far + 0.8, strip + 5), (x + 1.6, HEIGHT), (x, HEIGHT)], joint)
-    if kind == "asphalt":
-        for x in np.arange(rng.uniform(0, 90), PANORAMA, 150):
-            painter.polygon(
-                [(x, 200), (x + 70, 200), (x + 78, 209), (x + 2, 209)], (0.72, 0.72, 0.7, 0.65, heat - 0.03, 0.0)
-            )
-    if kind == "grass":
-        for x, y in zip(rng.uniform(0, PANORAMA, 2200), rng.uniform(strip + 6, HEIGHT, 2200), strict=True):
-            shade = rng.uniform(0.6, 1.3)
-            painter.polygon(
-                [(x, y), (x + 1.5, y), (x + rng.uniform(-1, 2.5), y - 5)],
-                (*(np.array(colour) * shade), ni * (0.6 + 0.4 * shade), heat, 0.0),
-            )
-
-
-def _draw_objects(painter: Painter, rng: np.random.Generator, horizon: float) -> None:
+def draw_objects(painter: Painter, rng: np.random.Generator, horizon: float) -> None:
     """Things at the back of the pavement."""
     kinds = rng.permutation(
         ["car", "car", "pole", "pole", "tree", "bin", "sign", "lamp", "bench", "bollards", "doorway"]
     )
-    for x, kind in zip(
-        np.linspace(10, PANORAMA - 90, len(kinds)) + rng.uniform(-14, 14, len(kinds)), kinds, strict=True
-    ):
+    places = np.linspace(10, painter.width - 90, len(kinds)) + rng.uniform(-14, 14, len(kinds))
+    for x, kind in zip(places, kinds, strict=True):
         base = horizon + rng.uniform(8, 24)
         if kind == "car":
             draw_car(painter, rng, x, base + 12, rng.uniform(110, 140))

@@ -1,4 +1,4 @@
-"""From a shot to its three images: who, where, in which light, seen how."""
+"""From a shot to its three images of a person: where, in which light, seen how."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.synthetic.body import View
-from data.synthetic.identity import Identity, sample_identities, sample_identity
-from data.synthetic.imaging import HEIGHT, LIGHTS, OVERSAMPLING, WIDTH, Camera, cast_shadow, compose, record
-from data.synthetic.person import SLOTS, draw_person
-from data.synthetic.plan import Shot, generator
-from data.synthetic.props import draw_occluder
-from data.synthetic.scene import Scene, sample_scene
+from data.synthetic.canvas import View
+from data.synthetic.identity import Identity, sample_identity
+from data.synthetic.imaging import LIGHTS, OVERSAMPLING, Camera, cast_shadow, compose, record
+from data.synthetic.person import HEIGHT, SLOTS, WIDTH, draw_person
+from data.synthetic.plan import Shot, Source, generator
+from data.synthetic.scene import Scene
+from data.synthetic.street import draw_occluder, sample_street
 
 OCCLUSION, PASSER_BY = 0.24, 0.15
 """How often something stands before the person, and how often somebody walks behind."""
@@ -21,26 +21,20 @@ HEAT_DRIFT = 0.04
 """How much the temperature of a piece of clothing differs between two tracks of its wearer (standard deviation)."""
 
 
-@lru_cache(maxsize=4)
-def identities(seed: int, split: str, count: int) -> list[Identity]:
-    """The people of a split, by their number."""
-    return sample_identities(generator(seed, "identities", split), count)
-
-
 @lru_cache(maxsize=16)
-def place(seed: int, camera: int) -> tuple[Camera, Scene]:
+def _place(source: Source, camera: int) -> tuple[Camera, Scene]:
     """A camera (counted from 1) and the street that it watches."""
-    rng = generator(seed, "camera", camera)
-    return Camera.sample(rng, camera - 1), sample_scene(rng)
+    rng = generator(source, "camera", camera)
+    return Camera.sample(rng, camera - 1), sample_street(rng)
 
 
-def render(seed: int, shot: Shot, person: Identity) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def render_person(source: Source, shot: Shot, person: Identity) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The images of one shot, modality -> (H, W, 3) uint8, and the share of each pixel that shows the person (H, W)."""
-    camera, scene = place(seed, shot.camera)
+    camera, scene = _place(source, shot.place)
     key = (shot.split, shot.number, shot.camera)
-    track = generator(seed, "track", *key)
-    sequence = generator(seed, "sequence", *key, shot.sequence)
-    rng = generator(seed, "frame", *key, shot.index)
+    track = generator(source, "track", *key)
+    sequence = generator(source, "sequence", *key, shot.sequence)
+    rng = generator(source, "frame", *key, shot.index)
 
     light = LIGHTS[tuple(LIGHTS)[track.choice(3, p=camera.lights)]]
     light_side = float(track.choice([-1, 1])) * light.contrast
@@ -57,7 +51,7 @@ def render(seed: int, shot: Shot, person: Identity) -> tuple[dict[str, np.ndarra
         x=OVERSAMPLING * (WIDTH / 2 + rng.normal(0, 4)),
         ground=OVERSAMPLING * (HEIGHT - 7 + rng.normal(0, 3)),
     )
-    surface = scene.crop(float(position))
+    surface = scene.crop(float(position), WIDTH)
     if rng.random() < PASSER_BY:
         other = _beside(view, rng)
         surface = compose(
