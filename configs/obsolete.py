@@ -27,8 +27,13 @@ OBSOLETE = (
         r"MODEL\.(DMCG|IADD|EMDAI|C_MIEI)(\.ENABLED)?", "no|", "this module of a fork is not part of this code"
     ),
     ObsoleteKey(r"MODEL\.(DMCG|IADD|EMDAI|C_MIEI)\.\w+"),
+    ObsoleteKey(r"MODEL\.USE_(SACR|MULTIMODAL_SACR|LIF|DGAF)", "no", "this module of a fork is not part of this code"),
+    ObsoleteKey(r"MODEL\.(SACR|MULTIMODAL_SACR|LIF|DGAF)_\w+"),
+    ObsoleteKey(r"MODEL\.SDTPS_CROSS_ATTN_TYPE", "cosine", "set MODEL.SDTPS_SIMILARITY attention"),
+    ObsoleteKey(r"MODEL\.SDTPS_CROSS_ATTN_HEADS"),
     ObsoleteKey(r"DATALOADER\.SAMPLER", ".*triplet.*", "batches are always drawn by identity, for the triplet loss"),
     ObsoleteKey(r"SOLVER\.LARGE_FC_LR", "no", "the classifier learns at SOLVER.BASE_LR"),
+    ObsoleteKey(r"SOLVER\.LR_SCHEDULER", "cosine", "SOLVER.SCHEDULE chooses between cosine and demo"),
     ObsoleteKey(r"SOLVER\.(CLUSTER_MARGIN|CENTER_LR|CENTER_LOSS_WEIGHT|RANGE_\w+)"),
     ObsoleteKey(r"SOLVER\.(GAMMA|STEPS|WARMUP_METHOD|COSINE_MARGIN|COSINE_SCALE)"),
     ObsoleteKey(r"TEST\.(DIST_MAT|EVAL)"),

@@ -74,22 +74,33 @@ def _translate(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     return name, tensor
 
 
-def explain_mismatch(name: str, file_shape: Sequence[int], num_kept: int) -> str:
-    """What to set so that the file's aggregator fits, where it makes another number of tokens; "" for other tensors.
+def explain_mismatch(name: str, file_shape: Sequence[int], num_kept: int | None = None) -> str:
+    """Why a tensor of a checkpoint does not fit, and what to do; "" where the shapes say it all.
 
     The fork makes int(N * SPARSE * AGGR) tokens where this project makes floor(ceil(N * SPARSE) * AGGR).
 
     Args:
         name: of the tensor, as in this project.
         file_shape: the shape that the file has.
-        num_kept: patches that the configured SDTPS keeps, K.
+        num_kept: patches that the configured SDTPS keeps, K; None without SDTPS.
     """
-    if not re.fullmatch(r"sdtps\.aggregator\.\w+\.fc2\.(weight|bias)", name) or not 0 < file_shape[0] <= num_kept:
-        return ""
-    return (
-        f"the file aggregates {num_kept} kept patches to {file_shape[0]} tokens (the fork rounds int(N*SPARSE*AGGR), "
-        f"which can be one fewer than here): MODEL.SDTPS_AGGR_RATIO {fitting_ratio(file_shape[0], num_kept)} fits it"
-    )
+    if name.endswith(".classifier.weight"):
+        return (
+            f"the file's classifiers tell {file_shape[0]} identities apart: on another data set they start anew "
+            "(SOLVER.REINIT \"['classifier']\")"
+        )
+    if name == "backbone.cam_embed":
+        return (
+            f"the file knows {file_shape[0]} cameras, and row i of its embedding belongs to camera i of the data set it "
+            "was trained on: on another one it starts anew (SOLVER.REINIT \"['cam_embed']\")"
+        )
+    tokens = file_shape[0] if re.fullmatch(r"sdtps\.aggregator\.\w+\.fc2\.(weight|bias)", name) else 0
+    if num_kept and 0 < tokens <= num_kept:
+        return (
+            f"the file aggregates {num_kept} kept patches to {tokens} tokens (the fork rounds int(N*SPARSE*AGGR), which "
+            f"can be one fewer than here): MODEL.SDTPS_AGGR_RATIO {fitting_ratio(tokens, num_kept)} fits it"
+        )
+    return ""
 
 
 def fitting_ratio(num_aggregated: int, num_kept: int) -> float:

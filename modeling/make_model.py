@@ -180,8 +180,8 @@ class ReIDModel(nn.Module):
         return foreign.translate(state)
 
     def explain_mismatch(self, name: str, file_shape: Sequence[int]) -> str:
-        """What to set so that a tensor of that shape fits, in words; "" if there is nothing to say."""
-        return foreign.explain_mismatch(name, file_shape, self.sdtps.num_kept) if self.sdtps is not None else ""
+        """Why a checkpoint's tensor of that shape does not fit, in words; "" if there is nothing to say."""
+        return foreign.explain_mismatch(name, file_shape, None if self.sdtps is None else self.sdtps.num_kept)
 
 
 def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: bool = True) -> ReIDModel:

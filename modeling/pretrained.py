@@ -40,6 +40,10 @@ NOT_NEEDED = re.compile(r"cam_embed|vit\.(head|head_dist|pre_logits|attn_pool|ma
 """What a file may hold beside the backbone without a word: classifiers, pooling heads, the cameras of other data."""
 
 
+GRID = "grid"
+"""An entry beside the weights, (rows, columns): on which grid of patches the position embedding lies."""
+
+
 def load_pretrained(backbone: Backbone, path: str | Path = "") -> None:
     """Fills every tensor of `backbone` but its camera embedding.
 
@@ -135,6 +139,8 @@ def to_backbone_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor
             named[renamed] = tensor
         elif name in (f"{around}proj.weight", f"{around}head.proj.weight"):
             named["proj.weight"] = tensor
+        elif name == f"{around}{GRID}":
+            named[GRID] = tensor
     return named
 
 
@@ -156,11 +162,13 @@ def fit_to_backbone(state: dict[str, Tensor], backbone: Backbone) -> None:
     if isinstance(backbone.proj, nn.Linear) and "proj.weight" not in state and "vit.head.weight" in state:
         state["proj.weight"] = state.pop("vit.head.weight")
 
+    stored = state.pop(GRID, None)
     positions, vit = state.get("vit.pos_embed"), backbone.vit
     if positions is None or vit.pos_embed is None:
         return
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    old = find_grid(positions.shape[1] - prefix, backbone.grid)
+    num_patches = positions.shape[1] - prefix
+    old = find_grid(num_patches, backbone.grid) if stored is None else (int(stored[0]), int(stored[1]))
     if old is not None and old != backbone.grid:
         grid = resize_position_grid(positions[0, prefix:], old, backbone.grid)
         state["vit.pos_embed"] = torch.cat([positions[:, :prefix], grid.unsqueeze(0)], dim=1)

@@ -150,7 +150,9 @@ def test_an_aggregator_of_another_size_is_explained():
     hint = foreign.explain_mismatch("sdtps.aggregator.NI.fc2.weight", (44, 102), num_kept=90)
     assert "44" in hint and "MODEL.SDTPS_AGGR_RATIO 0.49" in hint
     assert foreign.explain_mismatch("sdtps.aggregator.NI.fc1.weight", (44, 102), num_kept=90) == ""
-    assert foreign.explain_mismatch("heads.ori.classifier.weight", (44, 102), num_kept=90) == ""
+    assert foreign.explain_mismatch("reduce.RGB.linear.weight", (44, 102), num_kept=90) == ""
+    assert "44 identities" in foreign.explain_mismatch("heads.ori.classifier.weight", (44, 102))
+    assert "44 cameras" in foreign.explain_mismatch("backbone.cam_embed", (44, 102))
     assert foreign.explain_mismatch("sdtps.aggregator.NI.fc2.bias", (91,), num_kept=90) == ""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.metrics import pairwise_distance, rank_metrics
+from utils.metrics import one_thread, pairwise_distance, rank_metrics
 
 REFERENCE = np.load(Path(__file__).parent / "data/reference/ranking.npz")
 LABELS = [REFERENCE[name] for name in ("q_pid", "g_pid", "q_cam", "g_cam", "q_scene", "g_scene")]
@@ -88,3 +88,12 @@ def test_refusals(change, message):
     rank_metrics(**arguments)
     with pytest.raises(UserError, match=message):
         rank_metrics(**arguments | change)
+
+
+def test_one_thread_gives_the_threads_back(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    with pytest.raises(KeyError), one_thread():
+        raise KeyError
+    assert set_to == [1, 5]

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from modeling.backbone import patch_grid
+from modeling.pretrained import GRID
 from utils.checkpoint import read_file, state_dict_in
 from utils.cli import run
 from utils.errors import UserError
@@ -29,7 +32,8 @@ def extract(checkpoint: Path, out: Path, half: bool = False) -> int:
     Raises:
         UserError: the checkpoint cannot be read or holds no backbone of this project, or `out` cannot be written.
     """
-    state = state_dict_in(read_file(checkpoint), checkpoint)
+    stored = read_file(checkpoint)
+    state = state_dict_in(stored, checkpoint)
     tensors = {n: t for n, t in state.items() if n.startswith(PREFIX) and n not in NOT_TAKEN}
     if not tensors:
         raise UserError(f"{checkpoint} holds no tensors named {PREFIX}*: give a checkpoint that train_net.py wrote.")
@@ -37,14 +41,24 @@ def extract(checkpoint: Path, out: Path, half: bool = False) -> int:
         raise UserError(f"{out}: the name must end in .safetensors.")
     dtype = torch.float16 if half else torch.float32
     tensors = {n.removeprefix(PREFIX): t.to(dtype).contiguous() for n, t in tensors.items()}
+    tensors[GRID] = torch.tensor(_stored_grid(stored, tensors, checkpoint))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}.") from error
-    count = sum(t.numel() for t in tensors.values())
+    count = sum(t.numel() for n, t in tensors.items() if n != GRID)
     log.info("%s: %d parameters, %.1f MB", out, count, out.stat().st_size / 1e6)
     return count
+
+
+def _stored_grid(stored: dict, tensors: dict[str, torch.Tensor], checkpoint: Path) -> tuple[int, int]:
+    """Rows and columns of the patches in the images that the run was trained on."""
+    if "config" not in stored:
+        raise UserError(f"{checkpoint} does not say what it was trained on: give a checkpoint that train_net.py wrote.")
+    cfg = yaml.safe_load(stored["config"])
+    height, width = tensors["vit.patch_embed.proj.weight"].shape[2:]
+    return patch_grid(tuple(cfg["INPUT"]["SIZE_TRAIN"]), (height, width), tuple(cfg["MODEL"]["STRIDE_SIZE"]))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,28 @@
 Shape letters: Q queries, G gallery entries.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
 
-CHUNK = 256  # queries ranked at once: bounds the memory to CHUNK x G keys of 8 bytes
+CHUNK = 32  # queries ranked at once: CHUNK x G keys of 8 bytes fit into the cache
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work of many short operations on the CPU: waking a second thread for each gains little, and on a busy machine
+    every operation waits for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
@@ -20,6 +35,7 @@ def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
         return torch.addmm(squares[0][:, None] + squares[1], query, gallery.T, alpha=-2).clamp_min_(0)
 
 
+@one_thread()
 def rank_metrics(
     distance: Tensor | np.ndarray,
     q_pid: Tensor | np.ndarray,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.metrics import pairwise_distance
+from utils.metrics import one_thread, pairwise_distance
 
 CHUNK = 512  # rows of an n x n matrix worked on at once
 
@@ -46,31 +46,41 @@ def re_ranking(
     """
     if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
         raise UserError(f"k1 {k1} and k2 {k2} must be at least 1, lambda_value {lambda_value} in [0, 1]")
-    query_features, gallery_features = torch.as_tensor(query_features), torch.as_tensor(gallery_features)
-    queries = len(query_features)
-    features = torch.cat([query_features, gallery_features]).float()
-    if not torch.linalg.vector_norm(features, dim=1).isfinite().all():
+    query, gallery = (torch.as_tensor(features).float() for features in (query_features, gallery_features))
+    if not all(torch.linalg.vector_norm(features, dim=1).isfinite().all() for features in (query, gallery)):
         raise UserError("the features hold NaN or infinity: they cannot be ranked")
 
-    distance = _normalised_distance(features)
-    nearest = _nearest(distance, max(k1 + 1, k2))
-    encoding = _encode(distance, nearest, k1)
-    distance = distance[:queries, queries:].clone()
-    encoding = _average(encoding, nearest[:, :k2])
-    return distance.mul_(lambda_value).add_(_jaccard_distance(encoding, queries), alpha=1 - lambda_value)
+    queries = len(query)
+    distance = normalised_distance(query, gallery)
+    with one_thread():
+        nearest = _nearest(distance, max(k1 + 1, k2))
+        encoding = _encode(distance, nearest, k1)
+        distance = distance[:queries, queries:].clone()
+        encoding = _average(encoding, nearest[:, :k2])
+        return distance.mul_(lambda_value).add_(_jaccard_distance(encoding, queries), alpha=1 - lambda_value)
 
 
-def _normalised_distance(features: Tensor) -> Tensor:
-    """Squared Euclidean distances (n, n), each row divided by its maximum; only half of the products are computed."""
-    n = len(features)
-    distance = features.new_empty(n, n)
-    for i in range(0, n, CHUNK):
-        rows = slice(i, i + CHUNK)
-        block = pairwise_distance(features[rows], features[i:])
-        distance[rows, i:] = block
-        distance[i:, rows] = block.T
+def normalised_distance(query: Tensor, gallery: Tensor) -> Tensor:
+    """Squared Euclidean distances (n, n) over query and gallery, each row divided by its maximum.
+
+    Only half of the products are computed, and the features are never joined: they are half as large as the result.
+    """
+    n = len(query) + len(gallery)
+    distance = query.new_empty(n, n)
+    for i in range(0, len(query), CHUNK):
+        _fill(distance, query[i : i + CHUNK], i, query[i:], i)
+        _fill(distance, query[i : i + CHUNK], i, gallery, len(query))
+    for i in range(0, len(gallery), CHUNK):
+        _fill(distance, gallery[i : i + CHUNK], len(query) + i, gallery[i:], len(query) + i)
     distance.fill_diagonal_(0)
     return distance.div_(distance.amax(dim=1, keepdim=True).clamp_min_(torch.finfo(distance.dtype).tiny))
+
+
+def _fill(distance: Tensor, a: Tensor, row: int, b: Tensor, column: int) -> None:
+    """Writes the distances from a to b and from b to a into a matrix where a starts at `row` and b at `column`."""
+    block = pairwise_distance(a, b)
+    distance[row : row + len(a), column : column + len(b)] = block
+    distance[column : column + len(b), row : row + len(a)] = block.T
 
 
 def _nearest(distance: Tensor, k: int) -> Tensor:
