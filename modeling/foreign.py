@@ -91,14 +91,14 @@ def explain_mismatch(name: str, file_shape: Sequence[int], num_kept: int | None 
         )
     if name == "backbone.cam_embed":
         return (
-            f"the file knows {file_shape[0]} cameras, and row i of its embedding belongs to camera i of the data set it "
-            "was trained on: on another one it starts anew (SOLVER.REINIT \"['cam_embed']\")"
+            f"the file knows {file_shape[0]} cameras, and row i of its embedding belongs to camera i of the data set "
+            "that it was trained on: on another one it starts anew (SOLVER.REINIT \"['cam_embed']\")"
         )
     tokens = file_shape[0] if re.fullmatch(r"sdtps\.aggregator\.\w+\.fc2\.(weight|bias)", name) else 0
     if num_kept and 0 < tokens <= num_kept:
         return (
-            f"the file aggregates {num_kept} kept patches to {tokens} tokens (the fork rounds int(N*SPARSE*AGGR), which "
-            f"can be one fewer than here): MODEL.SDTPS_AGGR_RATIO {fitting_ratio(tokens, num_kept)} fits it"
+            f"the file aggregates {num_kept} kept patches to {tokens} tokens (the fork rounds int(N*SPARSE*AGGR), "
+            f"which can be one fewer than here): MODEL.SDTPS_AGGR_RATIO {fitting_ratio(tokens, num_kept)} fits it"
         )
     return ""
 

@@ -1,5 +1,6 @@
 """Small data sets and configs that several tests share."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from configs import load_cfg
+from utils.logging import OWN_LOGGERS
 from utils.modalities import MODALITIES
 
 
@@ -15,6 +17,21 @@ from utils.modalities import MODALITIES
 def _one_thread():
     """Two test processes on two cores: more threads would only get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """The scripts set up logging for the whole process; the next test finds it as it was."""
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), {name: logging.getLogger(name).level for name in OWN_LOGGERS}
+    yield
+    for handler in [h for h in root.handlers if h not in before[1]]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(before[0])
+    logging.captureWarnings(False)
+    for name, level in before[2].items():
+        logging.getLogger(name).setLevel(level)
 
 
 def write_rgbnt201(root: Path, identities: int = 6, frames: int = 4, test_identities: int = 3, seed: int = 0) -> Path:

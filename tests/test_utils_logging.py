@@ -9,21 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.logging import OWN_LOGGERS, MetricsWriter, read_metrics, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    before = root.level, list(root.handlers), {name: logging.getLogger(name).level for name in OWN_LOGGERS}
-    yield
-    for handler in [h for h in root.handlers if h not in before[1]]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(before[0])
-    logging.captureWarnings(False)
-    for name, level in before[2].items():
-        logging.getLogger(name).setLevel(level)
+from utils.logging import MetricsWriter, read_metrics, setup_logging
 
 
 def lines(path):
