@@ -9,7 +9,7 @@ from engine.device import select_device
 from modeling import make_model
 from modeling.foreign import stored_sizes
 from utils.checkpoint import load_weights, read_file, state_dict_in
-from utils.cli import config_parser, run
+from utils.cli import parse_args, run
 from utils.errors import UserError
 from utils.logging import setup_logging
 from utils.seed import seed_everything
@@ -41,5 +41,5 @@ def main(config_file: str, opts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    args = config_parser(__doc__, EXAMPLES).parse_args()
+    args = parse_args(__doc__, EXAMPLES)
     sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))

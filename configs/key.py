@@ -1,6 +1,7 @@
 """The declaration of one config key, and how a value written by hand is read and checked against it."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(value)
     quoted = _QUOTED.fullmatch(value.strip())
-    return quoted.group(2) if quoted else value
+    text = quoted.group(2) if quoted else value
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _items(value: Any) -> list[Any]:

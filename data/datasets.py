@@ -14,15 +14,19 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
-from .faults import Faults, listing
+from .faults import Faults
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 NO_SCENE = -1
 JUNK_PID = -1
+MAX_CAMERA = 999
+"""More cameras than any data set has; a larger number is a misread name, and would be a row of the camera embedding."""
+STRIP_SIZE = (768, 128)
+"""Width and height of RGBNT100's strips in pixels."""
 STRIP_BOXES = tuple((left, 0, left + 256, 128) for left in (0, 256, 512))
-"""Where RGB, NI and TI lie in RGBNT100's 768x128 strips: left, upper, right, lower in pixels."""
+"""Where RGB, NI and TI lie in such a strip: left, upper, right, lower."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,11 @@ def find_by_modality(folder: Path, faults: Faults, names: Sequence[str] = MODALI
                 f"Unpack the data set again, or remove these from {modality_folders[0]} too.",
                 first[stem].name,
             )
-        if unused := sorted(partner.keys() - first.keys()):
-            logger.warning(
-                "%s: %d images without a partner in %s are left out: %s", path, len(unused), names[0], listing(unused)
+        for stem in sorted(partner.keys() - first.keys()):
+            faults.add(
+                f"no partner of the same name in {modality_folders[0]}",
+                f"Unpack the data set again, or remove these from {path} too.",
+                partner[stem].name,
             )
     complete = [stem for stem in first if all(stem in partner for partner in partners)]
     return [tuple(ImageSource(str(listed[stem])) for listed in files) for stem in complete]
@@ -232,10 +238,14 @@ def _read_split(layout: Layout, folder: Path, faults: Faults) -> list[Sample]:
                 "rename the files or move them away.",
                 path,
             )
+        elif int(match["camera"]) > MAX_CAMERA:
+            faults.add(f"cameras above {MAX_CAMERA}", "Number the cameras from the lowest on.", path)
         elif int(match["pid"]) != JUNK_PID:
             camid = int(match["camera"]) - layout.first_camera
             sceneid = int(match.groupdict().get("scene", NO_SCENE))
             samples.append(Sample(int(match["pid"]), camid, sceneid, images))
+    if not samples:
+        faults.add("no usable image", f"Expected names like {layout.example}.", folder)
     return samples
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils.errors import UserError
 
-from .datasets import ImageSource, Sample
+from .datasets import STRIP_SIZE, ImageSource, Sample
 from .faults import listing
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ def _crop(image: Image.Image, source: ImageSource) -> Image.Image:
 
 
 def _check_box(image: Image.Image, source: ImageSource) -> None:
-    if source.box and (image.width < source.box[2] or image.height < source.box[3]):
+    if source.box and image.size != STRIP_SIZE:
         raise UserError(
-            f"{source.path}: {image.width}x{image.height} pixels, too small to hold the modality at {source.box} "
-            "(left, upper, right, lower); expected the three modalities side by side in one strip."
+            f"{source.path}: {image.width}x{image.height} pixels; expected a strip of {STRIP_SIZE[0]}x{STRIP_SIZE[1]}, "
+            "the three modalities side by side."
         )

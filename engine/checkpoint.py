@@ -17,7 +17,7 @@ import configs
 from engine.meters import Meters
 from utils.checkpoint import has_part, load_weights, read_file, save_file
 from utils.errors import UserError
-from utils.files import save_copy
+from utils.files import read_json, save_copy
 
 log = logging.getLogger(__name__)
 
@@ -112,18 +112,27 @@ class TrainState:
         for other in also:
             save_copy(path, other)
 
-    def restore(self, start: Start) -> None:
+    def restore(self, start: Start) -> str:
         """Goes on from a checkpoint; an edited config wins over the stored one, and its differences are listed.
 
-        Parts of the model that SOLVER.REINIT names start anew, with their moments.
+        Parts of the model that SOLVER.REINIT names start anew, with their moments; those that started anew in the
+        stored run already do not do so again.
+
+        Returns:
+            What was done, in words.
 
         Raises:
-            UserError: weights or identities do not fit this run.
+            UserError: weights or identities do not fit this run, or SOLVER.REINIT names a part that is not there.
         """
-        reinit = tuple(self.cfg.SOLVER.REINIT)
-        changes = self._config_changes(start)
+        stored_cfg = yaml.safe_load(start.state["config"]) if start.state else {}
+        done = stored_cfg.get("SOLVER", {}).get("REINIT", ())
+        reinit = tuple(part for part in self.cfg.SOLVER.REINIT if part not in done)
+        for part in reinit:
+            if not any(has_part(name, (part,)) for name in self.model.state_dict()):
+                raise UserError(f"SOLVER.REINIT names {part!r}, which is no part of this model's tensor names.")
+        changes = _config_changes(stored_cfg, self.cfg) if start.state else ""
         try:
-            load_weights(self.model, start.path, skip=reinit)
+            report = load_weights(self.model, start.path, skip=reinit)
         except UserError as error:
             raise UserError(
                 f"{error}\n{changes or 'The config is the stored one.'}\nGive the keys their stored values, or name "
@@ -131,10 +140,10 @@ class TrainState:
             ) from error
         if self.ema:
             self.ema.module.load_state_dict(self.model.state_dict())
+        anew = f"\nstarted anew: {len(report.skipped)} tensors of {', '.join(reinit)}" if reinit else ""
         if start.state is None:
             self.epoch = start.epoch
-            log.info("%s holds weights only: going on at epoch %d with a fresh optimizer", start.path, start.epoch + 1)
-            return
+            return f"{start.path} holds weights only: going on at epoch {self.epoch + 1} with a fresh optimizer{anew}"
 
         state = start.state
         self._check_identities(state, start.path, reinit)
@@ -150,14 +159,21 @@ class TrainState:
             self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
         _set_random_states(state["rng"])
         place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
-        log.info("going on from %s at %s%s", start.path, place, f"\n{changes}" if changes else "")
+        return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
 
-    def _config_changes(self, start: Start) -> str:
-        if start.state is None:
-            return ""
-        changes = [c for c in configs.diff(yaml.safe_load(start.state["config"]), self.cfg) if c[0] not in NOT_COMPARED]
-        lines = [f"  {key}: stored {old!r}, now {new!r}" for key, old, new in changes]
-        return "\n".join(["The config differs from the stored one, and wins:", *lines]) if lines else ""
+    def keep_best(self, start: Start, out: Path) -> None:
+        """Sees to it that the best checkpoint so far lies in `out`; where it cannot be had, the best is sought anew."""
+        best = out / f"{self.cfg.MODEL.NAME}best.pth"
+        if self.best is None or best.exists():
+            return
+        stored = read_json(start.path.with_name("metrics.json")).get("best", {})
+        if self.best["epoch"] == self.epoch and self.step == 0:
+            save_copy(start.path, best)
+        elif start.path.with_name(best.name).exists() and stored.get("epoch") == self.best["epoch"]:
+            save_copy(start.path.with_name(best.name), best)
+        else:
+            log.info("the best checkpoint so far (epoch %d) is not at hand: seeking anew", self.best["epoch"])
+            self.best = None
 
     def _check_identities(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
         if tuple(state["identities"]) != tuple(self.identities) and not {"classifier", "heads"} & set(reinit):
@@ -178,6 +194,12 @@ class TrainState:
         names, moments = _parameter_names(self.model, self.optimizer), stored["moments"]
         kept = {i: moments[name] for i, name in enumerate(names) if name in moments and not has_part(name, reinit)}
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _config_changes(stored: dict, cfg: CfgNode) -> str:
+    changes = [change for change in configs.diff(stored, cfg) if change[0] not in NOT_COMPARED]
+    lines = [f"  {key}: stored {old!r}, now {new!r}" for key, old, new in changes]
+    return "\n".join(["The config differs from the stored one, and wins:", *lines]) if lines else ""
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

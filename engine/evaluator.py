@@ -17,7 +17,7 @@ from engine.device import autocast_dtype
 from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
 from modeling.sdtps import Selection
-from utils.files import save_text
+from utils.files import read_json, save_text
 from utils.metrics import pairwise_distance, rank_metrics
 from utils.modalities import MODALITIES
 from utils.pictures import draw_selection, draw_share, stack_samples
@@ -156,8 +156,7 @@ def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> st
 
 def write_metrics(path: Path, **sections: dict) -> None:
     """Puts sections into a metrics.json, keeping those that other commands wrote."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    save_text(json.dumps(old | sections, indent=2) + "\n", path)
+    save_text(json.dumps(read_json(path) | sections, indent=2) + "\n", path)
 
 
 def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, dict[str, dict[str, float]]]:

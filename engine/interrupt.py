@@ -4,14 +4,6 @@ import signal
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; `signum` is the signal that asked."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.signum = signum
-
-
 class StopRequest:
     """Context manager that turns the first SIGINT or SIGTERM into `requested` (the signal's number, else None)."""
 

@@ -14,16 +14,15 @@ class Meters:
         self.names: tuple[str, ...] = ()
         self.total = self.count = torch.zeros(0)
 
-    def update(self, values: dict[str, Tensor], weight: int = 1) -> None:
-        """Adds one step. The names must be those of the step before; tensors are 0-d, on one device."""
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Adds one step of 0-d tensors on one device; other names than in the step before begin anew."""
         stacked = torch.stack([v.detach().float() for v in values.values()])
-        if not self.names:
+        if self.names != tuple(values):
             self.names = tuple(values)
             self.total, self.count = torch.zeros_like(stacked), torch.zeros_like(stacked)
-        assert self.names == tuple(values), f"meters changed from {self.names} to {tuple(values)}"
         finite = stacked.isfinite()
-        self.total += torch.where(finite, stacked, 0.0) * weight
-        self.count += finite * weight
+        self.total += torch.where(finite, stacked, 0.0)
+        self.count += finite
 
     def read(self) -> dict[str, float]:
         """The means, read back in one transfer; NaN for a value that was never finite."""

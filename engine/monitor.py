@@ -9,25 +9,29 @@ from data import Batch
 from modeling import ReIDModel, ReIDOutput
 from modeling.sdtps import Selection
 from solver.make_loss import ReIDLoss
+from solver.make_optimizer import group_of
 from utils.modalities import MODALITIES
 
 
-def parameter_part(name: str) -> str:
-    """The part of the model whose gradient norm a parameter counts to: backbone, sdtps, or heads for all else."""
-    if name.startswith("backbone."):
-        return "backbone"
-    return "sdtps" if name.startswith(("sdtps.", "pool.")) else "heads"
+class PartNorms:
+    """Joins the gradient norms of single parameters to those of the parts that learn together: backbone, heads, sdtps.
 
+    Args:
+        names: of the parameters, in the order in which their norms will come.
+        device: where the norms are.
+    """
 
-def norms_by_part(names: tuple[str, ...], norms: Tensor) -> dict[str, Tensor]:
-    """Joins per-parameter gradient norms (P,) -> norm of each part and the total, 0-d tensors on the device."""
-    squares = norms.square()
-    parts = [parameter_part(name) for name in names]
-    result = {}
-    for part in sorted(set(parts)):
-        index = [i for i, p in enumerate(parts) if p == part]
-        result[f"grad_norm/{part}"] = squares[index].sum().sqrt()
-    return result | {"grad_norm/total": squares.sum().sqrt()}
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        parts = [group_of(name).partition(".")[0] for name in names]
+        self.members = {
+            part: torch.tensor([float(p == part) for p in parts], device=device) for part in sorted(set(parts))
+        }
+
+    def __call__(self, norms: Tensor) -> dict[str, Tensor]:
+        """norms (P,) -> the norm of each part and the total, 0-d tensors on the device."""
+        squares = norms.square()
+        members = {**self.members, "total": torch.ones_like(squares)}
+        return {f"grad_norm/{part}": torch.where(m > 0, squares, 0.0).sum().sqrt() for part, m in members.items()}
 
 
 def selection_statistics(selection: Selection) -> dict[str, Tensor]:
@@ -86,8 +90,10 @@ def score_gradient_probe(
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
     detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
-    train in this epoch or the backbone is frozen.
+    train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that float32
+    takes its place.
     """
+    dtype = None if dtype is torch.float16 else dtype
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
     if model.sdtps is None or not parameters or loss_fn.branch_weight("sdtps", epoch) == 0:
         return {}
@@ -108,4 +114,4 @@ def score_gradient_probe(
     total, value = gradients
     score = [t - v for t, v in zip(total, value, strict=True)]
     norms = {"total": total, "value": value, "score": score}
-    return {f"probe/backbone_{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in norms.items()}
+    return {f"backbone_{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in norms.items()}

@@ -15,14 +15,16 @@ from engine.checkpoint import Start, TrainState
 from engine.device import autocast_dtype, describe
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
 from engine.guard import FiniteGuard
-from engine.interrupt import Interrupted, StopRequest
+from engine.interrupt import StopRequest
 from engine.meters import Meters
-from engine.monitor import norms_by_part, score_gradient_probe, selection_statistics
-from engine.output import LAST, METRICS_FILE
+from engine.monitor import PartNorms, score_gradient_probe, selection_statistics
+from engine.output import LAST, METRICS_FILE, open_output_dir
 from modeling import ReIDModel, ReIDOutput
 from solver.make_loss import ReIDLoss
 from solver.scheduler import CosineSchedule, DemoSchedule
-from utils.logging import MetricsWriter
+from utils.errors import Interrupted
+from utils.logging import MetricsWriter, setup_logging
+from utils.modalities import MODALITIES
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +71,16 @@ def do_train(
     ema = ModelEmaV3(model, decay=s.EMA_DECAY) if s.EMA_DECAY > 0 else None
     epoch_meters, window_meters = Meters(), Meters()
     state = TrainState(cfg, model, optimizer, scaler, ema, data.identities, meters=epoch_meters)
-    if start is not None:
-        state.restore(start)
-    guard = FiniteGuard(model, optimizer, scaler)
-    parameters = guard.parameters
-    writer = MetricsWriter(out, resume_step=state.global_step or None)
+    account = state.restore(start) if start else ""  # refuses what does not fit before the folder is touched
+    open_output_dir(cfg, start.path if start else None, state.epoch)
+    setup_logging(out)
     log.info("training on %s", describe(device, dtype))
+    if start:
+        log.info(account)
+        state.keep_best(start, out)
+    guard = FiniteGuard(model, optimizer, scaler)
+    part_norms = PartNorms(guard.names, device)
+    writer = MetricsWriter(out, resume_step=state.global_step + 1 if start else None)
 
     def evaluate_now(epoch: int) -> dict:
         result = evaluate(cfg, ema.module if ema else model, data.val, pictures=PICTURES)
@@ -83,6 +89,8 @@ def do_train(
 
     results: dict[str, dict] = {}
     if start is None:
+        knowing_nothing = loss_fn.uninformed(model.heads.keys(), 2 * cfg.MODEL.SDTPS_WARMUP_EPOCHS + 1)
+        log.info("a network that knows nothing has a loss of %.2f", knowing_nothing)
         results["before"] = evaluate_now(0)
         write_metrics(out / METRICS_FILE, before=results["before"])
     model.train()
@@ -118,19 +126,19 @@ def do_train(
                 norms = guard.gradient_norms()
                 if s.GRAD_CLIP > 0:
                     total_norm = torch.linalg.vector_norm(norms)
-                    nn.utils.clip_grads_with_norm_(parameters, s.GRAD_CLIP, total_norm)
+                    nn.utils.clip_grads_with_norm_(guard.parameters, s.GRAD_CLIP, total_norm)
                 state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1
                 guard.step(state.global_step, {k: v for k, v in values.items() if k != "acc"}, norms)
                 if ema:
                     ema.update(model, step=state.global_step)
-                values |= norms_by_part(guard.names, norms)
+                values |= part_norms(norms)
                 epoch_meters.update(values)
                 window_meters.update(values)
 
                 # every LOG_PERIOD steps: read back and tell
                 if step % s.LOG_PERIOD == 0 or step == steps:
                     guard.raise_if_bad()
-                    scalars = window_meters.read() | scheduler.rates()
+                    scalars = window_meters.read() | {f"lr/{name}": lr for name, lr in scheduler.rates().items()}
                     if output.selection is not None:
                         scalars |= {k: float(v) for k, v in selection_statistics(output.selection).items()}
                     seconds = time.perf_counter() - clock
@@ -199,7 +207,7 @@ def _accuracy(output: ReIDOutput, pid: Tensor) -> Tensor:
     Where each modality has its own head, their logits are summed.
     """
     if "RGB" in output.logits:
-        logits = sum(output.logits[m] for m in ("RGB", "NI", "TI"))
+        logits = torch.stack([output.logits[m] for m in MODALITIES]).sum(0)
     else:
         logits = output.logits["ori" if "ori" in output.logits else "sdtps"]
     return (logits.argmax(dim=-1) == pid).float().mean()

@@ -70,7 +70,7 @@ class ReIDModel(nn.Module):
         sdtps_only: no other branch than `sdtps`.
         neck_feat: features in evaluation are taken "before" or "after" the BNNeck.
         branch_norm: in evaluation, bring each branch to unit length before `both` joins them.
-        frozen: the backbone receives no gradient.
+        frozen: the backbone receives no gradient, drops no paths, and its untrained camera embedding adds nothing.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class ReIDModel(nn.Module):
     ):
         super().__init__()
         width = backbone.embed_dim
-        self.backbone = backbone.requires_grad_(not frozen)
+        self.backbone, self.frozen = backbone.requires_grad_(not frozen), frozen
+        if frozen and backbone.cam_embed is not None:
+            nn.init.zeros_(backbone.cam_embed)
         self.fusion, self.sdtps = fusion, sdtps
         self.sdtps_global, self.neck_feat, self.branch_norm = sdtps_global, neck_feat, branch_norm
         needs_reduced = not sdtps_only or sdtps_global == "reduced"
@@ -110,6 +112,14 @@ class ReIDModel(nn.Module):
         self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
         if sdtps is not None:
             self.pool = nn.ModuleDict({m: make_pool(sdtps_pool, width) for m in MODALITIES})
+        self.train()
+
+    def train(self, mode: bool = True) -> "ReIDModel":
+        """Training mode, in which a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     @property
     def branches(self) -> tuple[str, ...]:

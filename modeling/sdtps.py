@@ -165,7 +165,7 @@ class SDTPS(nn.Module):
     ) -> Selection:
         """Selects and aggregates.
 
-        Half types are promoted to float32 and float64 is kept; autocast is off inside.
+        Half inputs are promoted to float32, float64 ones stay (with a float64 module); autocast is off inside.
 
         Args:
             tokens: per modality (B, N, C) patch tokens.

@@ -32,7 +32,8 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not groups:
         raise UserError("the model has no trainable parameter: set MODEL.FROZEN to False or give it a head to train")
     options: dict[str, Any] = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SOLVER.OPTIMIZER_NAME == "SGD" else {}
-    if all(parameter.is_cuda for group in groups for parameter in group["params"]):
+    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    if on_cuda and cfg.SOLVER.OPTIMIZER_NAME != "SGD":  # fused SGD cannot begin with a step that is blocked
         options["fused"] = True
     return OPTIMIZERS[cfg.SOLVER.OPTIMIZER_NAME](groups, **options)
 

@@ -378,3 +378,23 @@ def test_the_configuration_page_is_up_to_date():
     root = Path(__file__).parent.parent
     printed = subprocess.run([sys.executable, "-m", "configs"], cwd=root, capture_output=True, text=True, check=True)
     assert (root / "docs" / "configuration.md").read_text() == printed.stdout
+
+
+def test_a_home_folder_is_resolved(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_cfg(None, ["OUTPUT_DIR", "~/runs/a"]).OUTPUT_DIR == "/home/somebody/runs/a"
+
+
+@pytest.mark.parametrize(
+    ("key", "harmless", "asking"),
+    [
+        ("MODEL.USE_SACR", False, True),
+        ("MODEL.USE_DGAF", "no", "yes"),
+        ("MODEL.SDTPS_CROSS_ATTN_TYPE", "cosine", "attention"),
+        ("SOLVER.LR_SCHEDULER", "cosine", "multistep"),
+    ],
+)
+def test_keys_of_the_fork_are_accepted_unless_they_ask_for_more(key, harmless, asking):
+    load_cfg(None, [key, harmless, "MODEL.SACR_DILATION_RATES", "[2, 3]", "MODEL.DGAF_TAU", "1.0"])
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        load_cfg(None, [key, asking])

@@ -1,6 +1,5 @@
 """Parsers against hand-written file names; every fault of the files on disk told once."""
 
-import logging
 import shutil
 
 import pytest
@@ -114,15 +113,22 @@ def test_missing_partners_are_gathered_by_folder(tmp_path):
     assert f"no partner of the same name in {home / 'train_171' / 'NI'} (7): 000001_cam1_0_00.jpg" in message
     assert "000005_cam1_0_00.jpg, and 2 more" in message and "000006" not in message
     assert f"no partner of the same name in {home / 'test' / 'TI'} (1): 000300_cam1_1_12.jpg" in message
-    assert message.count("no partner") == 2
+    assert f"no partner of the same name in {home / 'test' / 'RGB'} (1): 000301_cam1_1_12.jpg" in message
+    assert message.count("no partner") == 3
 
 
-def test_unused_partners_are_left_out_with_a_warning(tmp_path, caplog):
+def test_a_missing_rgb_image_is_a_fault_too(tmp_path):
     home = write_rgbnt201(tmp_path)
-    touch(home / "train_171" / "TI" / "000009_cam1_0_00.jpg")
-    with caplog.at_level(logging.WARNING):
-        assert load_dataset("RGBNT201", tmp_path).identities == (1, 3)
-    assert "000009_cam1_0_00" in caplog.text
+    for modality in ("NI", "TI"):
+        touch(home / "train_171" / modality / "000009_cam1_0_00.jpg")
+    with pytest.raises(UserError, match=r"in \S*RGB \(2\): 000009_cam1_0_00.jpg"):
+        load_dataset("RGBNT201", tmp_path)
+
+
+def test_a_camera_number_beyond_reason_is_a_fault(tmp_path):
+    write_rgbnt201(tmp_path, train=["000001_cam1_0_00.jpg", "000002_cam99999999999_0_00.jpg"])
+    with pytest.raises(UserError, match=r"cameras above 999[\s\S]*000002_cam99999999999"):
+        load_dataset("RGBNT201", tmp_path)
 
 
 def test_all_names_that_do_not_parse_are_told_with_the_other_faults(tmp_path):

@@ -123,12 +123,12 @@ def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
     assert f"mean of six  {mean:5.1f}" in caplog.text
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     train = next(line for line in lines if line["kind"] == "train")
-    wanted = {"loss", "id/ori", "triplet/sdtps", "acc", "grad_norm/backbone", "backbone", "sdtps/kept_range/RGB"}
+    wanted = {"loss", "id/ori", "triplet/sdtps", "acc", "grad_norm/backbone", "lr/backbone", "sdtps/kept_range/RGB"}
     assert wanted <= train.keys() and train["samples_per_second"] > 0
-    rates = [(line["step"], line["heads"]) for line in lines if line["kind"] == "train"]
+    rates = [(line["step"], line["lr/heads"]) for line in lines if line["kind"] == "train"]
     steps = len(make_dataloader(load_cfg(tiny_yaml)).train)
     assert rates[0] == (2, pytest.approx(1e-3 * (0.1 + 0.9 / steps)))  # the second step of the one epoch of warm-up
-    assert any(line["kind"] == "probe" and line["probe/backbone_score"] > 0 for line in lines)
+    assert any(line["kind"] == "probe" and line["backbone_score"] > 0 for line in lines)
 
 
 def test_testing_needs_a_weight(tiny_yaml):

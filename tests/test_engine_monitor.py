@@ -5,7 +5,7 @@ import torch
 
 from data import Batch
 from engine.meters import Meters
-from engine.monitor import SelectionMonitor, norms_by_part, score_gradient_probe, selection_statistics
+from engine.monitor import PartNorms, SelectionMonitor, score_gradient_probe, selection_statistics
 from modeling import make_model
 from modeling.sdtps import Selection
 from solver import make_loss
@@ -43,7 +43,7 @@ def test_selection_monitor_over_batches():
 
 def test_norms_by_part():
     names = ("backbone.vit.a", "sdtps.b", "pool.RGB.query", "heads.ori.classifier.weight", "reduce.RGB.norm.bias")
-    norms = norms_by_part(names, torch.tensor([3.0, 1.0, 2.0, 2.0, 1.0]))
+    norms = PartNorms(names, torch.device("cpu"))(torch.tensor([3.0, 1.0, 2.0, 2.0, 1.0]))
     expected = {"backbone": 3.0, "sdtps": 5**0.5, "heads": 5**0.5, "total": 19**0.5}
     assert {k.removeprefix("grad_norm/"): float(v) for k, v in norms.items()} == pytest.approx(expected)
 
@@ -58,6 +58,8 @@ def test_meters_leave_out_what_is_not_finite():
     for m in (meters, other):
         m.update({"a": torch.tensor(5.0), "b": torch.tensor(2.0)})
     assert other.read() == meters.read() == {"a": 3.0, "b": 2.0}
+    meters.update({"c": torch.tensor(7.0)})  # another set of branches after a resume
+    assert meters.read() == {"c": 7.0}
 
 
 @pytest.fixture
@@ -84,11 +86,11 @@ def test_probe_tells_the_score_path_from_the_value_path(probe_inputs):
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
-    value = [v["probe/backbone_value"] for v in values.values()]
+    value = [v["backbone_value"] for v in values.values()]
     assert value[0] > 0 and value == pytest.approx([value[0]] * 3)
-    score = [values[mode]["probe/backbone_score"] for mode in ("all", "predictor", "none")]
+    score = [values[mode]["backbone_score"] for mode in ("all", "predictor", "none")]
     assert score[0] > score[1] > score[2] == 0
-    total = values["all"]["probe/backbone_total"]
+    total = values["all"]["backbone_total"]
     assert abs(total - value[0]) <= score[0] * (1 + 1e-5)  # the triangle inequality
 
 

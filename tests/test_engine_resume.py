@@ -66,7 +66,12 @@ def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
     stopped = tmp_path / "stopped"
     command = [sys.executable, "train_net.py", "--config_file", str(tiny_yaml), *opts, "OUTPUT_DIR", str(stopped)]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         for line in process.stdout:
             if "Epoch[2] Iteration[1/" in line:
@@ -95,7 +100,7 @@ def one_epoch(tiny_yaml, tmp_path):
 
 def test_a_fresh_run_never_overwrites(tiny_yaml, one_epoch):
     before = (one_epoch / "last.pth").read_bytes()
-    with pytest.raises(UserError, match="holds a run already.*TEST.WEIGHT"):
+    with pytest.raises(UserError, match="holds a run already.*TEST.WEIGHT.*remove the folder"):
         train(tiny_yaml, "OUTPUT_DIR", str(one_epoch))
     assert (one_epoch / "last.pth").read_bytes() == before
 
@@ -168,6 +173,36 @@ def test_a_ratio_that_changes_a_shape_stops_with_both_values(tiny_yaml, one_epoc
     one, two = (read_file(run / "last.pth")["optimizer"]["moments"] for run in (one_epoch, tmp_path / "two"))
     steps = [float(m["heads.ori.classifier.weight"]["step"]) for m in (one, two)]
     assert float(two["sdtps.aggregator.RGB.fc2.weight"]["step"]) == steps[1] - steps[0]  # moments anew, too
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(tiny_yaml, tmp_path):
+    out = tmp_path / "run"
+    train(tiny_yaml, "OUTPUT_DIR", str(out))
+    before = {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file()}
+    with pytest.raises(UserError, match="fc2.weight"):
+        train(tiny_yaml, "OUTPUT_DIR", str(out), "TEST.WEIGHT", f"{out}/DeMo_1.pth", "MODEL.SDTPS_AGGR_RATIO", "0.9")
+    assert {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file()} == before
+
+
+def test_reinit_happens_once_and_names_a_part(tiny_yaml, one_epoch, tmp_path, caplog):
+    caplog.set_level("INFO")
+    opts = ("SOLVER.REINIT", "['classifier']", "OUTPUT_DIR", f"{tmp_path}/two")
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "2", "TEST.WEIGHT", f"{one_epoch}/last.pth")
+    assert "started anew: 2 tensors of classifier" in caplog.text
+    caplog.clear()
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "3", "TEST.WEIGHT", f"{tmp_path}/two/last.pth")
+    assert "going on from" in caplog.text and "anew" not in caplog.text
+    opts = ("SOLVER.REINIT", "['clasifier']", "OUTPUT_DIR", f"{tmp_path}/three")
+    with pytest.raises(UserError, match="'clasifier'"):
+        train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/last.pth")
+
+
+def test_the_best_checkpoint_comes_along(tiny_yaml, one_epoch, tmp_path):
+    """DeMobest.pth lies in the folder of every run that has a best, also one that went on elsewhere."""
+    opts = ("SOLVER.MAX_EPOCHS", "2", "SOLVER.EVAL_PERIOD", "1", "OUTPUT_DIR", f"{tmp_path}/two")
+    train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/last.pth")
+    best = json.loads((tmp_path / "two" / "metrics.json").read_text())["best"]
+    assert read_file(tmp_path / "two" / "DeMobest.pth")["epoch"] == best["epoch"]
 
 
 def test_other_identities_stop(tiny_yaml, one_epoch, tmp_path):

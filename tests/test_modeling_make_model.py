@@ -243,6 +243,9 @@ def test_frozen_backbone_gets_no_gradient(tiny_cfg):
     model = build(cfg)
     loss_of(cfg, model)[0].backward()
     assert all(p.grad is None for p in model.backbone.parameters())
+    assert model.training and not model.backbone.training  # no dropped paths
+    images, camid, _ = batch()
+    assert torch.equal(model(images, camid).features["ori"], model(images, (camid + 1) % CAMERAS).features["ori"])
     assert model.sdtps.predictor["RGB"][0].weight.grad is not None
     assert {g["name"] for g in make_optimizer(cfg, model).param_groups} == {
         "heads",

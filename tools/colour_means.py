@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from configs import load_cfg
 from data import make_dataloader
 from engine.evaluator import format_table, rank
-from utils.cli import config_parser, run
+from utils.cli import parse_args, run
 from utils.logging import setup_logging
 from utils.modalities import MODALITIES
 
@@ -38,5 +38,5 @@ def main(config_file: str, opts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    args = config_parser(__doc__).parse_args()
+    args = parse_args(__doc__)
     sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))

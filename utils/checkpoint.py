@@ -73,7 +73,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         if "TorchScript" in str(error):
             raise UserError(f"{path}: is a program (TorchScript archive); weights alone are needed.") from error
-        raise UserError(_damaged(path, str(error) or type(error).__name__)) from error
+        reason = "it is no checkpoint" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(_damaged(path, reason)) from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors.")
     return state

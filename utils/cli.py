@@ -5,20 +5,24 @@ import signal
 import sys
 from collections.abc import Callable
 
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 
 EXIT_BAD_INPUT = 2
 
 
-def config_parser(description: str, examples: str = "") -> argparse.ArgumentParser:
-    """Parser of `--config_file FILE KEY VALUE …` and `--debug`."""
+def parse_args(description: str, examples: str = "") -> argparse.Namespace:
+    """Reads `--config_file FILE [--debug] KEY VALUE …` from the command line; `--debug` may also stand last."""
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config_file", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override keys of the config")
-    return parser
+    args = parser.parse_args()
+    if "--debug" in args.opts:
+        args.debug = True
+        args.opts.remove("--debug")
+    return args
 
 
 def run(main: Callable[[], object], debug: bool = False) -> int:
@@ -34,6 +38,9 @@ def run(main: Callable[[], object], debug: bool = False) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return 128 + interrupted.signum
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

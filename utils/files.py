@@ -1,10 +1,14 @@
 """Small files, written so that a crash leaves the old one or the new one, both whole."""
 
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def save_text(text: str, path: Path) -> None:
@@ -43,3 +47,15 @@ def save_copy(source: Path, path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {error}. Check the free space and the rights.") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file; an empty one where there is no file, or, told as a warning, a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read and is not used: %s", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
