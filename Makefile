@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 # The run's folder, as the shipped configs name it: where it holds a checkpoint, training goes on from there.
 RUN := $(patsubst configs/%.yml,runs/%,$(CONFIG))
 RESUME = $(if $(findstring OUTPUT_DIR,$(OPTS)),,$(if $(wildcard $(RUN)/last.pth),TEST.WEIGHT $(RUN)/last.pth))
-DATA := $(if $(filter configs/sample/%,$(CONFIG)),sample-data)
+DATA := $(if $(filter configs/sample/%,$(filter-out configs/sample/vit_%,$(CONFIG))),sample-data)
 SAMPLE := $(or $(filter RGBNT100 MSVR310,$(basename $(notdir $(CONFIG)))),RGBNT201)
 
 help: ## list the targets

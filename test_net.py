@@ -1,10 +1,14 @@
 """Evaluates a checkpoint: mAP and Rank-1, 5, 10 of every branch; see --help."""
 
+import logging
 import sys
+
+import yaml
 
 from configs import load_cfg
 from data import make_dataloader
 from engine import do_inference
+from engine.checkpoint import config_changes
 from engine.device import select_device
 from modeling import make_model
 from modeling.foreign import stored_sizes
@@ -13,6 +17,8 @@ from utils.cli import parse_args, run
 from utils.errors import UserError
 from utils.logging import setup_logging
 from utils.seed import seed_everything
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """examples:
   python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT runs/RGBNT201/DeMo_SDTPS/DeMobest.pth
@@ -28,7 +34,12 @@ def main(config_file: str, opts: list[str]) -> None:
     device = select_device(cfg.MODEL.DEVICE)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
     data = make_dataloader(cfg, train=False)
-    classes, cameras = stored_sizes(state_dict_in(read_file(cfg.TEST.WEIGHT), cfg.TEST.WEIGHT))
+    stored = read_file(cfg.TEST.WEIGHT)
+    if changes := config_changes(
+        yaml.safe_load(stored.get("config", "{}")), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES")
+    ):
+        log.warning(changes)
+    classes, cameras = stored_sizes(state_dict_in(stored, cfg.TEST.WEIGHT))
     if cameras is not None and int(data.val.camids.max()) >= cameras:
         raise UserError(
             f"{cfg.TEST.WEIGHT} knows {cameras} cameras, the test images come from {int(data.val.camids.max()) + 1}: "

@@ -29,7 +29,8 @@ def main(config_file: str, opts: list[str]) -> None:
     check_output_dir(cfg, start.path if start else None)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
     data = make_dataloader(cfg)
-    model = make_model(cfg, num_classes=data.num_classes, num_cameras=data.num_cameras, pretrained=start is None)
+    pretrained = start is None or "backbone" in cfg.SOLVER.REINIT
+    model = make_model(cfg, num_classes=data.num_classes, num_cameras=data.num_cameras, pretrained=pretrained)
     model.to(device)
     loss_fn = make_loss(cfg, data.num_classes)
     optimizer = make_optimizer(cfg, model)

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -252,9 +253,16 @@ def _worker_options(workers: int, batch_size: int, size: Sequence[int], pin_memo
         "num_workers": workers,
         "prefetch_factor": PREFETCH if workers else None,
         "collate_fn": collate,
+        "worker_init_fn": _outlive_one_sigterm,
         "pin_memory": pin_memory,
         "generator": torch.Generator(),  # of its own, so that a pass leaves the global random state alone
     }
+
+
+def _outlive_one_sigterm(worker: int) -> None:
+    """In a worker process: a signal to the whole group is for the main process, which ends the workers in its time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _batches(loader: DataLoader) -> Iterator[Batch]:

@@ -23,6 +23,25 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the checkpoint format."""
+STATE_KEYS = frozenset(
+    [
+        "model",
+        "trained_model",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "step",
+        "global_step",
+        "best",
+        "meters",
+        "rng",
+        "config",
+        "identities",
+    ]
+)
+"""What a full checkpoint must hold to go on from."""
+ORDER_KEYS = ("SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE", "SOLVER.SEED", "DATASETS.NAMES", "DATASETS.ROOT_DIR")
+"""Keys that decide which samples form which step of an epoch."""
 NOT_COMPARED = ("TEST.WEIGHT", "OUTPUT_DIR", "SOLVER.REINIT")
 """Keys whose edit is no news when a run goes on."""
 
@@ -50,6 +69,8 @@ def read_start(weight: str) -> Start | None:
     if "optimizer" in state and "epoch" in state:
         if state.get("version") != VERSION:
             raise UserError(f"{path}: checkpoint version {state.get('version')}, this code reads version {VERSION}.")
+        if missing := sorted(STATE_KEYS - state.keys()):
+            raise UserError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}. Take another one.")
         return Start(path, state["epoch"], state)
     number = re.search(r"_(\d+)$", path.stem)
     if number is None:
@@ -130,13 +151,15 @@ class TrainState:
         for part in reinit:
             if not any(has_part(name, (part,)) for name in self.model.state_dict()):
                 raise UserError(f"SOLVER.REINIT names {part!r}, which is no part of this model's tensor names.")
-        changes = _config_changes(stored_cfg, self.cfg) if start.state else ""
+        changes = config_changes(stored_cfg, self.cfg) if start.state else ""
+        if start.state and start.state["step"]:
+            _check_order(stored_cfg, self.cfg, start)
         try:
             report = load_weights(self.model, start.path, skip=reinit)
         except UserError as error:
             raise UserError(
                 f"{error}\n{changes or 'The config is the stored one.'}\nGive the keys their stored values, or name "
-                "the part that shall start anew in SOLVER.REINIT, such as SOLVER.REINIT \"['sdtps']\"."
+                "the part that shall start anew in SOLVER.REINIT, such as SOLVER.REINIT \"['sdtps', 'pool']\"."
             ) from error
         if self.ema:
             self.ema.module.load_state_dict(self.model.state_dict())
@@ -196,10 +219,22 @@ class TrainState:
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _config_changes(stored: dict, cfg: CfgNode) -> str:
+def config_changes(stored: dict, cfg: CfgNode, sections: tuple[str, ...] = ()) -> str:
+    """What differs between a checkpoint's config and this one, in words; only keys that begin so, if any are named."""
     changes = [change for change in configs.diff(stored, cfg) if change[0] not in NOT_COMPARED]
+    changes = [change for change in changes if not sections or change[0].startswith(sections)]
     lines = [f"  {key}: stored {old!r}, now {new!r}" for key, old, new in changes]
     return "\n".join(["The config differs from the stored one, and wins:", *lines]) if lines else ""
+
+
+def _check_order(stored: dict, cfg: CfgNode, start: Start) -> None:
+    """Refuses to go on in the middle of an epoch whose steps would be made of other samples."""
+    if changed := [c for c in configs.diff(stored, cfg) if c[0] in ORDER_KEYS]:
+        values = "; ".join(f"{key}: stored {old!r}, now {new!r}" for key, old, new in changed)
+        raise UserError(
+            f"{start.path} stands in the middle of epoch {start.epoch + 1}, the rest of which would be made of other "
+            f"samples ({values}). Give these keys their stored values, or take a checkpoint of an epoch's end."
+        )
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -179,5 +179,5 @@ def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, di
             mean = {c: sum(row[c] for row in rows.values()) / len(rows) for c in rows["r"]}
             table = {"nothing": results["nothing"][branch]} | rows | {"mean of six": mean}
             log.info("branch %s\n%s", branch, format_table(table, "missing"))
-    write_metrics(Path(cfg.OUTPUT_DIR) / "metrics.json", test={"weight": cfg.TEST.WEIGHT, "results": results})
+    write_metrics(Path(cfg.OUTPUT_DIR) / "metrics.json", test={"config": dict(cfg.TEST), "results": results})
     return results

@@ -1,7 +1,10 @@
 """SIGINT and SIGTERM: finish the step, save, leave. A second signal ends at once."""
 
+import logging
 import signal
 from types import FrameType
+
+log = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -26,5 +29,6 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.requested = signum
+        log.warning("%s: stopping after this step or evaluation; once more ends at once", signal.Signals(signum).name)
         for s, handler in self._previous.items():
             signal.signal(s, handler)

@@ -38,7 +38,7 @@ def check_output_dir(cfg: CfgNode, resume_from: Path | None) -> None:
     )
 
 
-def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0) -> None:
+def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trains: bool = True) -> None:
     """Makes OUTPUT_DIR ready for a run and writes the resolved config into it.
 
     A run that goes on from an earlier checkpoint of the same folder moves what came after that checkpoint into a
@@ -49,6 +49,7 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0) -> N
         cfg: the run's config.
         resume_from: the checkpoint that the run goes on from, or None for a fresh start.
         epoch: finished epochs in that checkpoint.
+        trains: False where nothing is left to train; then nothing is moved.
 
     Raises:
         UserError: the folder holds another run, or cannot be written.
@@ -57,7 +58,7 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0) -> N
     out = Path(cfg.OUTPUT_DIR)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if resume_from is None or resume_from.name != LAST:
+        if trains and (resume_from is None or resume_from.name != LAST):
             _set_aside(out, resume_from, epoch, cfg.MODEL.NAME)
         text = configs.dump(cfg)
         config = out / CONFIG_FILE

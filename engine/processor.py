@@ -72,7 +72,7 @@ def do_train(
     epoch_meters, window_meters = Meters(), Meters()
     state = TrainState(cfg, model, optimizer, scaler, ema, data.identities, meters=epoch_meters)
     account = state.restore(start) if start else ""  # refuses what does not fit before the folder is touched
-    open_output_dir(cfg, start.path if start else None, state.epoch)
+    open_output_dir(cfg, start.path if start else None, state.epoch, trains=state.epoch < s.MAX_EPOCHS)
     setup_logging(out)
     log.info("training on %s", describe(device, dtype))
     if start:
@@ -140,7 +140,7 @@ def do_train(
                     guard.raise_if_bad()
                     scalars = window_meters.read() | {f"lr/{name}": lr for name, lr in scheduler.rates().items()}
                     if output.selection is not None:
-                        scalars |= {k: float(v) for k, v in selection_statistics(output.selection).items()}
+                        scalars |= {k: float(v.detach()) for k, v in selection_statistics(output.selection).items()}
                     seconds = time.perf_counter() - clock
                     scalars["samples_per_second"] = (step - clock_step) * s.IMS_PER_BATCH / seconds
                     clock, clock_step = time.perf_counter(), step

@@ -97,8 +97,8 @@ def explain_mismatch(name: str, file_shape: Sequence[int], num_kept: int | None 
     tokens = file_shape[0] if re.fullmatch(r"sdtps\.aggregator\.\w+\.fc2\.(weight|bias)", name) else 0
     if num_kept and 0 < tokens <= num_kept:
         return (
-            f"the file aggregates {num_kept} kept patches to {tokens} tokens (the fork rounds int(N*SPARSE*AGGR), "
-            f"which can be one fewer than here): MODEL.SDTPS_AGGR_RATIO {fitting_ratio(tokens, num_kept)} fits it"
+            f"the file aggregates {num_kept} kept patches to {tokens} tokens: MODEL.SDTPS_AGGR_RATIO "
+            f"{fitting_ratio(tokens, num_kept)} fits it (the fork takes int(N*SPARSE*AGGR), which can be one fewer)"
         )
     return ""
 

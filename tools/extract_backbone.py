@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from modeling.backbone import patch_grid
@@ -45,7 +46,7 @@ def extract(checkpoint: Path, out: Path, half: bool = False) -> int:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}.") from error
     count = sum(t.numel() for n, t in tensors.items() if n != GRID)
     log.info("%s: %d parameters, %.1f MB", out, count, out.stat().st_size / 1e6)

@@ -36,6 +36,8 @@ def read_run(folder: Path) -> dict[str, list[tuple[float, float]]]:
             for name in line.keys() - {"kind", "step", "epoch"}:
                 if line[name] is not None:
                     curves.setdefault(name, {})[line["epoch"]] = line[name]
+    if not {"loss", "acc"} <= curves.keys():
+        raise UserError(f"{folder}: no epoch of this run is finished, so there is no curve to draw.")
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
@@ -62,7 +64,8 @@ def plot(runs: dict[str, dict[str, list[tuple[float, float]]]], out: Path) -> No
 
 
 def main(folders: list[Path], labels: list[str] | None, out: Path) -> None:
-    labels = labels or [folder.name for folder in folders]
+    names = [folder.name for folder in folders]
+    labels = labels or (names if len(set(names)) == len(names) else [str(folder) for folder in folders])
     if len(labels) != len(folders):
         raise UserError(f"--labels gives {len(labels)} names for {len(folders)} runs.")
     plot({label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}, out)

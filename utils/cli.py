@@ -1,13 +1,14 @@
 """What every command-line script shares: the arguments, and how errors reach a person."""
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable
 
 from utils.errors import Interrupted, UserError
 
-EXIT_BAD_INPUT = 2
+EXIT_UNEXPECTED, EXIT_BAD_INPUT = 1, 2
 
 
 def parse_args(description: str, examples: str = "") -> argparse.Namespace:
@@ -29,7 +30,7 @@ def run(main: Callable[[], object], debug: bool = False) -> int:
     """Calls `main`; what a person can mend is shown as one message.
 
     Returns:
-        Exit code: 0, 2 for bad input, 128 + signal after an interruption.
+        Exit code: 0, 2 for bad input, 128 + signal after an interruption, 1 for what should not happen.
     """
     try:
         main()
@@ -42,5 +43,12 @@ def run(main: Callable[[], object], debug: bool = False) -> int:
         print(interrupted, file=sys.stderr)
         return 128 + interrupted.signum
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            raise
+        logging.getLogger("traceback").warning("unexpected error", exc_info=True)  # into the log file alone
+        print(f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        return EXIT_UNEXPECTED
     return 0
