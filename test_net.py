@@ -35,10 +35,9 @@ def main(config_file: str, opts: list[str]) -> None:
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
     data = make_dataloader(cfg, train=False)
     stored = read_file(cfg.TEST.WEIGHT)
-    if changes := config_changes(
-        yaml.safe_load(stored.get("config", "{}")), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES")
-    ):
-        log.warning(changes)
+    if "config" in stored:
+        changes = config_changes(yaml.safe_load(stored["config"]), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES"))
+        log.info(changes or "the config is the one that the checkpoint was trained with")
     classes, cameras = stored_sizes(state_dict_in(stored, cfg.TEST.WEIGHT))
     if cameras is not None and int(data.val.camids.max()) >= cameras:
         raise UserError(

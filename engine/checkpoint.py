@@ -24,21 +24,9 @@ log = logging.getLogger(__name__)
 VERSION = 1
 """Version of the checkpoint format."""
 STATE_KEYS = frozenset(
-    [
-        "model",
-        "trained_model",
-        "optimizer",
-        "scaler",
-        "epoch",
-        "step",
-        "global_step",
-        "best",
-        "meters",
-        "rng",
-        "config",
-        "identities",
-    ]
+    ("model", "trained_model", "optimizer", "scaler", "epoch", "step", "global_step", "best", "meters")
 )
+STATE_KEYS |= {"rng", "config", "identities"}
 """What a full checkpoint must hold to go on from."""
 ORDER_KEYS = ("SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE", "SOLVER.SEED", "DATASETS.NAMES", "DATASETS.ROOT_DIR")
 """Keys that decide which samples form which step of an epoch."""
@@ -220,7 +208,7 @@ class TrainState:
 
 
 def config_changes(stored: dict, cfg: CfgNode, sections: tuple[str, ...] = ()) -> str:
-    """What differs between a checkpoint's config and this one, in words; only keys that begin so, if any are named."""
+    """What differs between a checkpoint's config and this one, in words; of keys that begin so, where any are named."""
     changes = [change for change in configs.diff(stored, cfg) if change[0] not in NOT_COMPARED]
     changes = [change for change in changes if not sections or change[0].startswith(sections)]
     lines = [f"  {key}: stored {old!r}, now {new!r}" for key, old, new in changes]

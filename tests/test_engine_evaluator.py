@@ -115,8 +115,10 @@ def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
     for branch in ("ori", "sdtps", "both"):
         assert after["test"]["results"]["nothing"][branch] == pytest.approx(best[branch], abs=1e-4)
 
+    assert "the config is the one that the checkpoint was trained with" in caplog.text
     caplog.clear()
-    test_net.main(str(tiny_yaml), [*weight, "TEST.MISS", "all", "TEST.RE_RANKING", "yes"])
+    test_net.main(str(tiny_yaml), [*weight, "TEST.MISS", "all", "TEST.RE_RANKING", "yes", "MODEL.SDTPS_BETA", "0.1"])
+    assert "MODEL.SDTPS_BETA: stored 0.25, now 0.1" in caplog.text
     results = json.loads((out / "metrics.json").read_text())["test"]["results"]
     assert list(results) == ["nothing", *MISSING_PATTERNS]
     mean = sum(results[pattern]["both"]["mAP"] for pattern in MISSING_PATTERNS) / 6

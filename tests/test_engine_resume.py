@@ -65,6 +65,7 @@ def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
     train(tiny_yaml, *opts, "OUTPUT_DIR", f"{tmp_path}/whole")
     stopped = tmp_path / "stopped"
     command = [sys.executable, "train_net.py", "--config_file", str(tiny_yaml), *opts, "OUTPUT_DIR", str(stopped)]
+    command += ["DATALOADER.NUM_WORKERS", "1"]
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -72,16 +73,19 @@ def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     ) as process:
         for line in process.stdout:
             if "Epoch[2] Iteration[1/" in line:
-                process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)  # the whole group, workers too, as job schedulers do
                 break
         rest = process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM
     assert f"TEST.WEIGHT {stopped / 'last.pth'}" in rest
     state = read_file(stopped / "last.pth")
     assert state["epoch"] == 1 and state["step"] > 0
+    with pytest.raises(UserError, match="middle of epoch 2.*IMS_PER_BATCH: stored 4, now 8"):
+        train(tiny_yaml, *opts[:-2], "OUTPUT_DIR", str(stopped), "TEST.WEIGHT", f"{stopped}/last.pth")
     train(tiny_yaml, *opts, "OUTPUT_DIR", str(stopped), "TEST.WEIGHT", f"{stopped}/last.pth")
     assert_same_state(tmp_path / "whole" / "last.pth", stopped / "last.pth")
     means = [
@@ -103,6 +107,14 @@ def test_a_fresh_run_never_overwrites(tiny_yaml, one_epoch):
     with pytest.raises(UserError, match="holds a run already.*TEST.WEIGHT.*remove the folder"):
         train(tiny_yaml, "OUTPUT_DIR", str(one_epoch))
     assert (one_epoch / "last.pth").read_bytes() == before
+
+
+def test_nothing_left_to_train_moves_nothing(tiny_yaml, one_epoch, caplog):
+    caplog.set_level("INFO")
+    opts = ("SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_ITERS", "0", "OUTPUT_DIR", str(one_epoch))
+    train(tiny_yaml, *opts, "TEST.WEIGHT", f"{one_epoch}/DeMobest.pth")
+    assert "nothing left to train" in caplog.text
+    assert (one_epoch / "last.pth").exists() and not (one_epoch / "superseded").exists()
 
 
 def test_bare_weights_go_on_at_the_next_epoch(tiny_yaml, one_epoch, tmp_path, caplog):

@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "tools", "utils")
+OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "test_net", "tools", "utils")
 
 
 def setup_logging(output_dir: str | Path | None = None, level: int = logging.INFO) -> None:
