@@ -42,49 +42,65 @@ class EvalResult:
     images that keep each patch of the grid."""
 
 
+@dataclass
+class Extraction:
+    """What one pass gave: float32 features (N, D) of each branch and `both`, and, with SDTPS, what it chose."""
+
+    features: dict[str, list[Tensor]]
+    monitor: SelectionMonitor | None
+    kept: list["Kept"] = field(default_factory=list)
+
+    def joined(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.features.items()}
+
+
 @torch.no_grad()
 def extract_features(
     model: ReIDModel,
     loader: EvalLoader,
     *,
     dtype: torch.dtype | None = None,
-    present: Tensor | None = None,
+    missing: Sequence[str] = ("",),
     keep: Sequence[int] = (),
-) -> tuple[dict[str, Tensor], SelectionMonitor | None, list["Kept"]]:
-    """Runs the model once over a loader.
+) -> dict[str, Extraction]:
+    """Runs the backbone once over a loader, and what lies behind it once for each pattern of missing modalities.
 
     Args:
         model: put into evaluation mode and back.
         loader: batches in a fixed order.
         dtype: autocast type, None for float32.
-        present: (M,) bool, which modalities all samples have; None for all.
+        missing: patterns, each the initials of the modalities that are taken away; "" keeps all.
         keep: places of samples in that order whose images and selection shall be kept.
 
     Returns:
-        Float32 features (N, D) of each branch and `both`, on the model's device; the selection monitor, None without
-        SDTPS; and the kept samples, none without SDTPS.
+        Pattern -> what it gave, on the model's device.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     names = (*model.branches, "both") if len(model.branches) > 1 else model.branches
-    features: dict[str, list[Tensor]] = {name: [] for name in names}
-    monitor = SelectionMonitor() if model.sdtps is not None else None
-    kept, first = [], 0
+    result = {
+        pattern: Extraction({name: [] for name in names}, SelectionMonitor() if model.sdtps is not None else None)
+        for pattern in missing
+    }
+    first = 0
     for batch in tqdm(loader, desc="features", leave=False, disable=None):
         batch = batch.to(device, non_blocking=True)
-        mask = None if present is None else present.to(device).expand(len(batch.pid), -1)
+        inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = model(batch.images, batch.camid, mask)
-        for name in names:
-            features[name].append(output.features[name].float())
-        if monitor is not None:
-            monitor.update(output.selection)
-            inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
-            kept += [Kept.of(batch.images, output.selection, i) for i in inside]
+            encoded = model.encode(batch.images, batch.camid)
+            for pattern, extraction in result.items():
+                present = torch.tensor([m[0].lower() not in pattern for m in MODALITIES], device=device)
+                view = model.leave_out(encoded, present.expand(len(batch.pid), -1), batch.camid) if pattern else encoded
+                output = model.decode(view)
+                for name in names:
+                    extraction.features[name].append(output.features[name].float())
+                if extraction.monitor is not None and output.selection is not None:
+                    extraction.monitor.update(output.selection)
+                    extraction.kept += [Kept.of(batch.images, output.selection, i) for i in inside]
         first += len(batch.pid)
     model.train(training)
-    return {name: torch.cat(parts) for name, parts in features.items()}, monitor, kept
+    return result
 
 
 @dataclass
@@ -116,33 +132,42 @@ def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
     return {"mAP": 100 * float(mean_ap)} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
 
 
-def evaluate(cfg: CfgNode, model: ReIDModel, val: EvalLoader, *, missing: str = "", pictures: int = 0) -> EvalResult:
-    """Evaluates every branch from one pass over the distinct images.
+def evaluate(cfg: CfgNode, model: ReIDModel, val: EvalLoader, *, pictures: int = 0) -> EvalResult:
+    """Evaluates every branch from one pass over the distinct images; see `evaluate_missing`."""
+    return evaluate_missing(cfg, model, val, ("",), pictures=pictures)[""]
+
+
+def evaluate_missing(
+    cfg: CfgNode, model: ReIDModel, val: EvalLoader, patterns: Sequence[str], *, pictures: int = 0
+) -> dict[str, EvalResult]:
+    """Evaluates every branch under patterns of missing modalities, from one pass of the backbone over the images.
 
     Args:
         cfg: TEST.* and SOLVER.AMP are read.
         model: see `modeling.make_model`.
         val: the `.val` of `data.make_dataloader`.
-        missing: initials of the modalities to take away, such as "rn".
+        patterns: each the initials of the modalities to take away, such as "rn"; "" keeps all.
         pictures: how many test images to draw with what SDTPS chose.
     """
-    device = next(model.parameters()).device
-    present = torch.tensor([m[0].lower() not in missing for m in MODALITIES]) if missing else None
+    dtype = autocast_dtype(cfg.SOLVER.AMP, next(model.parameters()).device)
     keep = sorted(set(torch.linspace(0, len(val.pids) - 1, pictures).long().tolist()))
-    features, monitor, kept = extract_features(
-        model, val, dtype=autocast_dtype(cfg.SOLVER.AMP, device), present=present, keep=keep
-    )
+    found = extract_features(model, val, dtype=dtype, missing=patterns, keep=keep)
+    return {pattern: _result(cfg, extraction, val, model.backbone.grid) for pattern, extraction in found.items()}
+
+
+def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[int, int]) -> EvalResult:
+    features, monitor, pictures = extraction.joined(), extraction.monitor, {}
     metrics = {name: rank(cfg, f, val) for name, f in features.items()}
     statistics = {f"feature_norm/{name}": float(f.norm(dim=-1).mean()) for name, f in features.items()}
-    drawings, grid = {}, model.backbone.grid
-    mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
-    if kept:
-        samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in kept]
-        drawings["selection"] = stack_samples(samples)
-    if monitor:
+    if extraction.kept:
+        mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
+        samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in extraction.kept]
+        pictures["selection"] = stack_samples(samples)
+    if monitor is not None:
+        statistics |= monitor.read()
         share = monitor.cell_share()
-        drawings["kept_share"] = draw_share(torch.stack([share[m] for m in MODALITIES]), grid)
-    return EvalResult(metrics, statistics | (monitor.read() if monitor else {}), drawings)
+        pictures["kept_share"] = draw_share(torch.stack([share[m] for m in MODALITIES]), grid)
+    return EvalResult(metrics, statistics, pictures)
 
 
 def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> str:
@@ -168,11 +193,11 @@ def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, di
         Per pattern ("nothing", "r", …): per branch mAP, R1, R5, R10 in percent.
     """
     patterns = ("nothing", *MISSING_PATTERNS) if cfg.TEST.MISS == "all" else (cfg.TEST.MISS,)
-    results = {}
-    for pattern in patterns:
-        results[pattern] = evaluate(cfg, model, data.val, missing="" if pattern == "nothing" else pattern).metrics
-        if len(patterns) == 1:
-            log.info("missing modalities: %s\n%s", pattern, format_table(results[pattern]))
+    spelt = {"" if pattern == "nothing" else pattern: pattern for pattern in patterns}
+    found = evaluate_missing(cfg, model, data.val, tuple(spelt))
+    results = {spelt[pattern]: result.metrics for pattern, result in found.items()}
+    if len(patterns) == 1:
+        log.info("missing modalities: %s\n%s", patterns[0], format_table(results[patterns[0]]))
     if len(patterns) > 1:
         for branch in results["nothing"]:
             rows = {pattern: results[pattern][branch] for pattern in MISSING_PATTERNS}

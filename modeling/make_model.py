@@ -152,6 +152,32 @@ class ReIDModel(nn.Module):
 
         return Encoded(split(patches), split(class_tokens), present)
 
+    def leave_out(self, encoded: Encoded, present: Tensor, camid: Tensor | None = None) -> Encoded:
+        """What `encode` would give with `present`, from the encoding of all modalities.
+
+        A missing image is a zero image, so its tokens depend on the camera alone: they are made once for each camera.
+
+        Args:
+            encoded: of images that are all there.
+            present: (B, M) bool.
+            camid: (B,) as given to `encode`.
+        """
+        like = encoded.patches["RGB"]
+        cameras, row = (None, torch.zeros(len(like), dtype=torch.long, device=like.device))
+        if camid is not None and self.backbone.cam_embed is not None:
+            cameras, row = camid.unique(return_inverse=True)
+        blank = like.new_zeros(1 if cameras is None else len(cameras), 3, *self.backbone.img_size)
+        patches, class_tokens = self.backbone(blank, cameras)
+
+        def blend(tokens: dict[str, Tensor], blank_tokens: Tensor) -> dict[str, Tensor]:
+            shape = (-1,) + (1,) * (blank_tokens.dim() - 1)
+            return {
+                m: torch.where(present[:, i].view(shape), tokens[m], blank_tokens[row])
+                for i, m in enumerate(MODALITIES)
+            }
+
+        return Encoded(blend(encoded.patches, patches), blend(encoded.class_tokens, class_tokens), present)
+
     def decode(self, encoded: Encoded) -> ReIDOutput:
         """Everything behind the backbone: the branches and their heads."""
         patches, class_tokens = encoded.patches, encoded.class_tokens

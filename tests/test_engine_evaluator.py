@@ -10,9 +10,10 @@ import train_net
 from configs import load_cfg
 from data import make_dataloader
 from engine import evaluate
-from engine.evaluator import MISSING_PATTERNS, extract_features, format_table, rank
+from engine.evaluator import MISSING_PATTERNS, evaluate_missing, extract_features, format_table, rank
 from modeling import make_model
 from utils.errors import UserError
+from utils.modalities import MODALITIES
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def naive_ap_and_rank1(features, pids, camids):
 def test_metrics_of_every_branch_against_loops(setup):
     cfg, model, data = setup()
     result = evaluate(cfg, model, data.val, pictures=2)
-    features, _, _ = extract_features(model, data.val)
+    features = extract_features(model, data.val)[""].joined()
     assert list(result.metrics) == ["ori", "sdtps", "both"]
     pids, camids = data.val.pids.tolist(), data.val.camids.tolist()
     for branch, row in result.metrics.items():
@@ -73,19 +74,30 @@ def test_evaluation_leaves_no_trace(setup):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_missing_modalities_zero_the_images(setup):
-    cfg, model, data = setup()
-    present = torch.tensor([True, False, False])
-    features, _, _ = extract_features(model, data.val, present=present)
-    batch = next(iter(data.val))
-    alone = {m: x if m == "RGB" else torch.zeros_like(x) for m, x in batch.images.items()}
+@pytest.mark.parametrize("opts", [(), ("MODEL.SIE_CAMERA", "False")])
+def test_missing_modalities_are_zero_images_without_another_pass(setup, opts):
+    """Each pattern gives what the model gives with `present`; images pass the backbone once, blank ones beside them."""
+    cfg, model, data = setup("MODEL.SDTPS_GLOBAL", "reduced", *opts)
+    batches = list(data.val)
+    direct = {}
     with torch.no_grad():
-        expected = model.eval()(alone, batch.camid).features["ori"]
-    torch.testing.assert_close(features["ori"][: len(expected)], expected)
-    norm = float(features["ori"].norm(dim=-1).mean())
-    for missing, same in (("nt", True), ("rt", False), ("", False)):
-        found = evaluate(cfg, model, data.val, missing=missing).statistics["feature_norm/ori"]
-        assert (found == pytest.approx(norm, rel=1e-6)) == same, missing
+        for pattern in ("", "r", "nt"):
+            present = torch.tensor([m[0].lower() not in pattern for m in MODALITIES])
+            outputs = [model.eval()(b.images, b.camid, present.expand(len(b.pid), -1)).features for b in batches]
+            direct[pattern] = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}
+
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    found = extract_features(model, data.val, missing=("", "r", "nt"))
+    for pattern, features in direct.items():
+        for name, expected in features.items():
+            torch.testing.assert_close(found[pattern].joined()[name], expected, rtol=1e-4, atol=1e-5)
+    cameras = 1 if opts else 2
+    assert sum(seen) == 3 * 12 + 2 * len(batches) * cameras
+    results = evaluate_missing(cfg, model, data.val, ("", "nt"))
+    norm = float(direct["nt"]["ori"].norm(dim=-1).mean())
+    assert results["nt"].statistics["feature_norm/ori"] == pytest.approx(norm, rel=1e-5)
+    assert results[""].statistics["feature_norm/ori"] != pytest.approx(norm, rel=1e-5)
 
 
 def test_feat_norm_ranks_by_the_angle(setup):
