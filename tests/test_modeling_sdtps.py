@@ -82,7 +82,7 @@ def naive_scores(sdtps, tokens, globals_, m, b):
     own = normalised(globals_[m][b])
     others = [normalised(globals_[o][b]) for o in MODALITIES if o != m]
     for i, v in enumerate(tokens[m][b]):
-        predicted = float(sdtps.predictor[m](v).sigmoid())
+        predicted = float(sdtps.predictor[m](v).sigmoid().detach())
         scores.append((1 - 2 * beta) * predicted + beta * (others[0][i] + others[1][i] + 2 * own[i]))
     return scores
 
