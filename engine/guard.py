@@ -28,7 +28,8 @@ class FiniteGuard:
         self.optimizer, self.scaler = optimizer, scaler
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = tuple(named), list(named.values())
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        stored = model.state_dict().keys()
+        self.buffers = [b for n, b in model.named_buffers() if n in stored and b.is_floating_point()]
         self.saved = [b.clone() for b in self.buffers]
         device = self.parameters[0].device
         self.bad = torch.zeros((), dtype=torch.bool, device=device)

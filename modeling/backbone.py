@@ -4,16 +4,17 @@ Shape letters: B batch, N patches, L tokens (prefix and patches), W width of the
 """
 
 import difflib
-from collections.abc import Iterator
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modeling.attention import use_tiled_attention
+from modeling.regions import region
 from utils.errors import UserError
 
 ALIASES = {"ViT-B-16": "vit_base_patch16_clip_quickgelu_224.openai"}
@@ -21,6 +22,10 @@ ALIASES = {"ViT-B-16": "vit_base_patch16_clip_quickgelu_224.openai"}
 
 VIT_FAMILIES = ("vision_transformer", "deit", "eva")
 """The timm modules whose models are plain ViTs: a class token, perhaps registers, and one token a patch."""
+
+
+GROUP = 4
+"""Blocks that are compiled together: fewer, larger regions start faster in every step but take longer to compile."""
 
 
 class Backbone(nn.Module):
@@ -101,6 +106,9 @@ class Backbone(nn.Module):
             self.vit = create((self.grid[0] * patch[0], self.grid[1] * patch[1]))
             self.vit.patch_embed.img_size, self.vit.patch_embed.proj.stride = self.img_size, stride
         self.vit.attn_pool = None  # a pooling head of some ViTs: the class token is the global here
+        use_drop_path(self.vit)
+        use_recomputed_activation(self.vit)
+        use_tiled_attention(self.vit, self.num_patches)
 
         self.width = self.embed_dim = self.vit.embed_dim
         self.proj: nn.Module = nn.Identity()
@@ -130,25 +138,54 @@ class Backbone(nn.Module):
                 f"got images of {x.shape[-2]}x{x.shape[-1]} pixels, but this backbone was built for "
                 f"{self.img_size[0]}x{self.img_size[1]} (height x width, INPUT.SIZE_TRAIN)."
             )
-        tokens, block_kwargs = self._embed(x)
-        tokens = self.vit.norm_pre(self._add_camera(tokens, camid))
-        for block, kwargs in zip(self.vit.blocks, block_kwargs, strict=True):
+        tokens, ropes = self._embed(x, camid)
+        size = 1 if self.grad_checkpointing else GROUP
+        blocks = tuple(self.vit.blocks)
+        for i in range(0, len(blocks), size):
+            args = (blocks[i : i + size], tokens, ropes[i : i + size])
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False, **kwargs)
+                tokens = checkpoint(self._transform, *args, use_reentrant=False)
             else:
-                tokens = block(tokens, **kwargs)
+                tokens = self._transform(*args)
+        return self._project(tokens)
+
+    @region
+    def _embed(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """Images -> tokens (B, L, W) with position and camera, and the rope of each block: Eva's take one."""
+        vit = self.vit
+        embedded = vit._pos_embed(self._patchify(x))
+        tokens, rope = embedded if isinstance(vit, Eva) else (embedded, None)
+        tokens = vit.norm_pre(self._add_camera(tokens, camid))
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
+            tokens = tokens.bfloat16()  # the residual stream is then no wider than what the blocks add to it
+        return tokens, list(rope) if rope is not None and vit.rope_mixed else [rope] * len(vit.blocks)
+
+    @region
+    def _transform(self, blocks: tuple[nn.Module, ...], tokens: Tensor, ropes: list[Tensor | None]) -> Tensor:
+        """Some of the transformer blocks, (B, L, W) -> (B, L, W)."""
+        for block, rope in zip(blocks, ropes, strict=True):
+            tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+        return tokens
+
+    @region
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm and projection of the last tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
         tokens = self.proj(self.vit.fc_norm(self.vit.norm(tokens)))  # timm fills one of the two norms
         return tokens[:, self.vit.num_prefix_tokens :], tokens[:, 0]
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Images -> tokens (B, L, W) with their positions, and what each block takes beside them: Eva's hold a rope."""
-        vit = self.vit
-        embedded = vit._pos_embed(vit.patch_embed(x))
-        if not isinstance(vit, Eva):
-            return embedded, [{}] * len(vit.blocks)
-        tokens, rope = embedded
-        ropes: Iterator[Tensor] | list[Tensor] = rope if vit.rope_mixed else [rope] * len(vit.blocks)
-        return tokens, [{"rope": r} for r in ropes]
+    def _patchify(self, x: Tensor) -> Tensor:
+        """Images -> embedded patches (B, N, W); where patches do not overlap, one matrix product does what timm's
+        convolution does."""
+        embed = self.vit.patch_embed
+        rows, columns = embed.proj.kernel_size
+        if embed.proj.stride != (rows, columns):
+            return embed(x)
+        x = x[..., : self.grid[0] * rows, : self.grid[1] * columns]
+        pixels = (
+            x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        )
+        return embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _add_camera(self, tokens: Tensor, camid: Tensor | None) -> Tensor:
         """Adds the camera's embedding to the class token of (B, L, W); patch tokens do not see the camera."""
@@ -160,6 +197,56 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only the input of each block and compute the rest again in the backward pass."""
         self.grad_checkpointing = enable
+
+
+class Recomputed(nn.Module):
+    """An activation whose output compiled code makes again in the backward pass, where its input is read anyway.
+
+    It is the largest tensor that a block would keep: a fifth of the memory of training.
+    """
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return self.act(x)
+        return checkpoint(self.act, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def use_recomputed_activation(vit: nn.Module) -> None:
+    """Lets the MLPs of a timm ViT make their activations again; gated MLPs, which have others, stay."""
+    for block in vit.blocks:
+        if isinstance(getattr(block, "mlp", None), Mlp):
+            block.mlp.act = Recomputed(block.mlp.act)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): a sample skips the branch at a rate, the others are scaled up for it.
+
+    The rate is a tensor: compiled code takes it as an input, where timm's Python number compiles every block anew.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
+def use_drop_path(vit: nn.Module) -> None:
+    """Puts this file's DropPath into every block of a timm ViT that was made with a rate above 0."""
+    places = [(block, name) for block in vit.blocks for name in ("drop_path1", "drop_path2", "drop_path")]
+    places = [(block, name) for block, name in places if hasattr(block, name)]
+    rates = [getattr(getattr(block, name), "drop_prob", 0.0) for block, name in places]
+    if any(rates):
+        for (block, name), rate in zip(places, rates, strict=True):
+            setattr(block, name, DropPath(rate))
 
 
 def find_vit(name: str) -> str:

@@ -15,6 +15,7 @@ from modeling.fusion import Fusion
 from modeling.heads import BNNeck
 from modeling.pooling import make_pool
 from modeling.pretrained import load_pretrained
+from modeling.regions import region
 from modeling.sdtps import SDTPS, Selection
 from utils.errors import UserError
 from utils.modalities import MODALITIES
@@ -178,6 +179,7 @@ class ReIDModel(nn.Module):
 
         return Encoded(blend(encoded.patches, patches), blend(encoded.class_tokens, class_tokens), present)
 
+    @region
     def decode(self, encoded: Encoded) -> ReIDOutput:
         """Everything behind the backbone: the branches and their heads."""
         patches, class_tokens = encoded.patches, encoded.class_tokens

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
+from modeling.regions import region
 from utils.errors import UserError
 
 SMOOTHING = 0.1
@@ -135,10 +136,12 @@ class ReIDLoss:
         each = self.id_weight * math.log(self.num_classes) + self.triplet_weight * triplet
         return each * sum(self.branch_weight(head, epoch) for head in heads)
 
+    @region
     def _identity_loss(self, logits: Tensor, pid: Tensor) -> Tensor:
         assert logits.shape[1] == self.num_classes, f"{logits.shape[1]} logits for {self.num_classes} classes"
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, pid, label_smoothing=self.smoothing)
 
+    @region
     def _triplet_loss(self, features: Tensor, pid: Tensor) -> Tensor:
         return triplet_loss(features, pid, self.margin)

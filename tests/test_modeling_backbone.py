@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling import foreign
-from modeling.backbone import Backbone, resize_position_grid
+from modeling.backbone import Backbone, DropPath, resize_position_grid
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -185,7 +185,7 @@ def test_clip_has_its_own_layers():
 
 def test_depth_spreads_the_drop_path_over_the_blocks_kept():
     backbone = Backbone(TINY, img_size=(32, 16), depth=3, drop_path=0.4, drop=0.2, attn_drop=0.1)
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.vit.blocks]
+    rates = [1 - float(block.drop_path1.keep) for block in backbone.vit.blocks]
     assert rates == pytest.approx([0.0, 0.2, 0.4])
     assert backbone.vit.blocks[0].attn.attn_drop.p == 0.1 and backbone.vit.blocks[0].mlp.drop1.p == 0.2
     assert len(Backbone(TINY, img_size=(32, 16)).vit.blocks) == 12
@@ -242,3 +242,21 @@ def test_unsuitable_sizes_are_told():
         Backbone("vit_small_patch14_dinov2", img_size=(64, 32), stride=(16, 16), depth=1)
     with pytest.raises(UserError, match=r"32x64.*64x32"):
         Backbone(TINY, img_size=(64, 32), depth=1)(torch.zeros(1, 3, 32, 64))
+
+
+def test_drop_path_drops_samples_at_its_rate_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer, x = DropPath(0.25), torch.ones(8000, 2, 3)
+    y = layer(x)
+    kept = y[:, 0, 0] > 0
+    assert torch.equal(y, (kept / 0.75)[:, None, None].expand_as(x))  # a sample stays whole, or goes whole
+    assert kept.float().mean() == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 8000) ** 0.5)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_patches_are_embedded_as_the_convolution_does():
+    """Also where the last rows and columns of the image fill no patch."""
+    torch.manual_seed(0)
+    backbone, x = Backbone(TINY, img_size=(40, 24), depth=1), torch.randn(2, 3, 40, 24)
+    expected = backbone.vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(backbone._patchify(x), expected, rtol=1e-5, atol=1e-5)
