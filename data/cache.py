@@ -150,11 +150,12 @@ def on_disk(source: PixelSource, folder: Path, root: Path, workers: int) -> np.n
     """
     path = folder / f"{source.name}_{source.size[0]}x{source.size[1]}.pixels"
     header = _header(source, root)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder / f".{path.name}.lock"):
-        if fault := _fault(path, header, source.nbytes):
-            logger.info("%s: decoding %d triples, %s", path, len(source.samples), fault)
-            _write(path, header, source, workers)
+    if _fault(path, header, source.nbytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder / f".{path.name}.lock"):
+            if fault := _fault(path, header, source.nbytes):  # another process may have been here first
+                logger.info("%s: decoding %d triples, %s", path, len(source.samples), fault)
+                _write(path, header, source, workers)
     pixels = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER, shape=source.shape)
     logger.info("%s: %d triples, %s mapped from %s", source.name, len(pixels), _gib(pixels.nbytes), path)
     return pixels
