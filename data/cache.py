@@ -81,11 +81,11 @@ def choose_cache(requested: str, sources: Sequence[PixelSource], *, cuda: bool, 
         return requested
     needed, free = sum(source.nbytes for source in sources), free_memory()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun; each of them has a cache of its own
-    size = f"{_gib(needed)} of decoded images" + (f" in each of {processes} processes" if processes > 1 else "")
+    size = f"{_size(needed)} of decoded images" + (f" in each of {processes} processes" if processes > 1 else "")
     if requested == "memory":
         if free is not None and needed * processes > free:
             raise UserError(
-                f"DATALOADER.CACHE memory: {size}, but {_gib(free)} of memory are free. Set DATALOADER.CACHE to disk "
+                f"DATALOADER.CACHE memory: {size}, but {_size(free)} of memory are free. Set DATALOADER.CACHE to disk "
                 "or off."
             )
         return "memory"
@@ -97,7 +97,7 @@ def choose_cache(requested: str, sources: Sequence[PixelSource], *, cuda: bool, 
         chosen, reason = "off", "the free memory is not known"
     else:
         chosen = "memory" if needed <= AUTO_LIMIT and needed * processes <= free // AUTO_SHARE else "off"
-        reason = f"{size}; allowed are {_gib(AUTO_LIMIT)} and 1/{AUTO_SHARE} of the {_gib(free)} that are free"
+        reason = f"{size}; allowed are {_size(AUTO_LIMIT)} and 1/{AUTO_SHARE} of the {_size(free)} that are free"
     logger.info("DATALOADER.CACHE auto: %s (%s)", chosen, reason)
     return chosen
 
@@ -119,7 +119,7 @@ def load_pixels(sources: Sequence[PixelSource], workers: int, *, folder: Path | 
         check_images([sample for source in sources for sample in source.samples], workers)
         raise
     except OSError as error:
-        needed = _gib(sum(source.nbytes for source in sources))
+        needed = _size(sum(source.nbytes for source in sources))
         raise UserError(
             f"{folder} cannot hold decoded images: {error}. Set DATALOADER.CACHE_DIR to a folder that you may write "
             f"to, with {needed} free, or DATALOADER.CACHE to memory or off."
@@ -134,7 +134,7 @@ def in_memory(source: PixelSource, workers: int) -> np.ndarray:
         row[:] = triple
     seconds = time.perf_counter() - start
     logger.info(
-        "%s: %d triples decoded in %.1f s, %s in memory", source.name, len(pixels), seconds, _gib(pixels.nbytes)
+        "%s: %d triples decoded in %.1f s, %s in memory", source.name, len(pixels), seconds, _size(pixels.nbytes)
     )
     return pixels
 
@@ -157,7 +157,7 @@ def on_disk(source: PixelSource, folder: Path, root: Path, workers: int) -> np.n
                 logger.info("%s: decoding %d triples, %s", path, len(source.samples), fault)
                 _write(path, header, source, workers)
     pixels = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER, shape=source.shape)
-    logger.info("%s: %d triples, %s mapped from %s", source.name, len(pixels), _gib(pixels.nbytes), path)
+    logger.info("%s: %d triples, %s mapped from %s", source.name, len(pixels), _size(pixels.nbytes), path)
     return pixels
 
 
@@ -253,5 +253,5 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
         yield
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
