@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,7 @@ class CachedBatches:
         ids = self.ids[indices].T.contiguous()
         path = [self.samples[index].path for index in indices]
         pinned = stream is not None
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
             pixels = torch.empty((len(indices), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
             np.take(self.pixels, indices, axis=0, out=pixels.numpy(), mode="clip")  # other modes copy twice
             tensors = [tensor.pin_memory() if pinned else tensor for tensor in (pixels, ids, *drawn)]

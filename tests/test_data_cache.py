@@ -17,6 +17,7 @@ from data import make_dataloader
 from data.cache import PixelSource, choose_cache, free_memory, load_pixels
 from data.datasets import ImageSource, Sample
 from data.images import read_triple
+from data.sampler import Draw
 from data.transforms import to_pixels
 from utils.errors import UserError
 from utils.modalities import MODALITIES
@@ -352,6 +353,15 @@ def test_augmentation_does_not_depend_on_how_an_epoch_is_split(config):
         assert part.path == batch.path[1::2] and torch.equal(part.index, batch.index[1::2])
         for modality in MODALITIES:
             assert torch.equal(part.images[modality], batch.images[modality][1::2])
+
+
+def test_the_same_image_is_augmented_anew_at_another_place(config):
+    loader = make_dataloader(config("memory")).train
+    places = [(1, 0), (1, 1), (2, 0), (1, 0)]
+    loader.loader.batch_sampler = [[Draw(0, epoch, position)] for epoch, position in places]
+    first, *others, again = [torch.stack(list(batch.images.values())) for batch in loader.batches(CPU)]
+    assert torch.equal(first, again)
+    assert not any(torch.equal(first, other) for other in others)
 
 
 def test_batches_may_be_kept(config):

@@ -115,7 +115,6 @@ def test_distribution_of_the_cpu_transforms(size):
     assert abs(values["flip"].mean() - 0.5) < 3 * 0.5 / np.sqrt(count)
     for name in ("top", "left"):
         assert chi_square(values[name], 2 * PAD + 1) < 3
-    assert abs(np.corrcoef(values["top"], values["left"])[0, 1]) < 3 / np.sqrt(count)
     assert values["start"].min() < 0.01 * TAPE_STARTS and 0.99 * TAPE_STARTS < values["start"].max() < TAPE_STARTS
 
     expected = cpu_rectangles(size, 4000)
@@ -142,6 +141,15 @@ def test_distribution_of_the_cpu_transforms(size):
     theirs = properties(expected)
     distance = {name: kolmogorov(found, theirs[name]) for name, found in properties(ours).items()}
     assert max(distance.values()) < 1.63, distance
+
+    # nothing hangs together: each pair of draws, and the draws of the modalities
+    names = ("place down", "place across", "area")
+    apart = [values[name][erased] for name in ("flip", "top", "left", "start")] + [properties(ours)[n] for n in names]
+    correlation = np.corrcoef(apart) - np.eye(len(apart))
+    assert np.abs(correlation).max() < 4 / np.sqrt(erased.sum()), correlation
+    for name in FIELDS:
+        correlation = np.corrcoef(values[name].reshape(3, -1)) - np.eye(3)
+        assert np.abs(correlation).max() < 4 / np.sqrt(2000), name
 
 
 @pytest.mark.parametrize("erase_prob, flip_prob", [(0.0, 1.0), (1.0, 0.0)])
