@@ -133,6 +133,14 @@ KEYS: dict[str, dict[str, Key]] = {
             8, "processes that load images; 0 loads in the main process, -1: cores - 1", within="[-1, inf)"
         ),
         "NUM_INSTANCE": Key(8, "image triples of each identity in a batch", within=_COUNT),
+        "CACHE": Key(
+            "auto",
+            "where decoded images are kept, to be augmented on the device; auto: in memory when training on CUDA if "
+            "they take at most 8 GiB and a quarter of what is free, else off; off reads the files in every epoch",
+            choices=("auto", "memory", "disk", "off"),
+            also={False: "off", "no": "off"},
+        ),
+        "CACHE_DIR": Key("", "folder of the files of CACHE disk; empty: the folder cache in DATASETS.ROOT_DIR"),
     },
     "SOLVER": {
         "OPTIMIZER_NAME": Key("Adam", "the optimizer", choices=("Adam", "AdamW", "SGD")),

@@ -4,18 +4,22 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from yacs.config import CfgNode
 
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
+from .batch import Batch
+from .cache import PixelSource, choose_cache, load_pixels
+from .cached_batches import CachedBatches
 from .datasets import DatasetSplits, Sample, load_dataset
+from .device_transforms import DeviceAugment, DeviceNormalize
 from .images import check_images, read_triple
 from .sampler import Draw, IdentityBatchSampler
 from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
@@ -25,42 +29,6 @@ logger = logging.getLogger(__name__)
 PREFETCH = 2
 """Batches that a worker process prepares ahead."""
 SHARED_MEMORY = "/dev/shm"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B triples.
-
-    Attributes:
-        images: modality -> (B, 3, H, W) float32, normalised.
-        pid: (B,) int64, training labels 0..ids-1, in evaluation the identities as the files name them.
-        camid: (B,) int64, cameras from 0.
-        sceneid: (B,) int64, -1 where the data set has no scenes.
-        index: (B,) int64, place in the list of training or of evaluation triples.
-        path: B paths of the RGB images.
-    """
-
-    images: dict[str, Tensor]
-    pid: Tensor
-    camid: Tensor
-    sceneid: Tensor
-    index: Tensor
-    path: list[str]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on a device; paths stay as they are."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from which `to(device, non_blocking=True)` copies while the host goes on."""
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
-            self,
-            images={modality: function(image) for modality, image in self.images.items()},
-            **{name: function(getattr(self, name)) for name in ("pid", "camid", "sceneid", "index")},
-        )
 
 
 def collate(items: Sequence[tuple]) -> Batch:
@@ -107,9 +75,8 @@ class TrainLoader:
     after step s of an epoch goes on with `set_epoch(epoch, start_step=s)` and sees the batches it would have seen.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader | CachedBatches):
         self.loader = loader
-        self.dataset: AugmentedDataset = loader.dataset
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Chooses the epoch (from 1); the next pass leaves out its first `start_step` batches."""
@@ -117,27 +84,37 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """Batches of the chosen epoch, counted from its beginning; varies a little from epoch to epoch."""
-        return len(self.loader)
+        return len(self.loader.batch_sampler)
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """One pass, the batches on the device."""
+        return _batches(self.loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.loader)
+        return self.batches(torch.device("cpu"))
 
 
 class EvalLoader:
     """Every distinct triple of query and gallery once, in a fixed order.
 
     Attributes:
+        indices: what a pass goes through of that order, all unless it is set to less.
         query, gallery: int64 indices into that order.
         pids, camids, sceneids: int64, one entry a triple.
         paths: the RGB images' files.
         protocol: "camera" or "scene", what a match must not share with its query.
     """
 
-    def __init__(self, loader: DataLoader, query: Sequence[Sample], gallery: Sequence[Sample], protocol: str):
+    def __init__(
+        self,
+        loader: DataLoader | CachedBatches,
+        samples: Sequence[Sample],
+        query: Sequence[Sample],
+        gallery: Sequence[Sample],
+        protocol: str,
+    ):
         self.loader = loader
         self.protocol = protocol
-        self.dataset: TripleDataset = loader.dataset
-        samples = self.dataset.samples
         place = {sample: index for index, sample in enumerate(samples)}
         self.query, self.gallery = (torch.tensor([place[sample] for sample in split]) for split in (query, gallery))
         self.pids = torch.tensor([sample.pid for sample in samples])
@@ -145,11 +122,23 @@ class EvalLoader:
         self.sceneids = torch.tensor([sample.sceneid for sample in samples])
         self.paths = [sample.path for sample in samples]
 
+    @property
+    def indices(self) -> Sequence[int]:
+        return self.loader.batch_sampler.sampler
+
+    @indices.setter
+    def indices(self, indices: Sequence[int]) -> None:
+        self.loader.batch_sampler.sampler = indices
+
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.loader.batch_sampler)
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """One pass, the batches on the device."""
+        return _batches(self.loader, device)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.loader)
+        return self.batches(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -178,50 +167,64 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
         train: False builds no training loader, decodes nothing beforehand and does not ask for a training folder.
 
     Raises:
-        UserError: what is wrong with the data set, the batch size or, under DATASETS.CHECK, the image files.
+        UserError: what is wrong with the data set, the batch size, the cache or, under DATASETS.CHECK or with a cache,
+            the image files.
     """
     names = cfg.DATASETS.NAMES
     splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
     workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
-    if train and cfg.DATASETS.CHECK:
-        check_images(splits.train + evaluated, workers)
-
+    cuda = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
     augment, prepare = make_transforms(cfg)
-    pin_memory = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
-    val = DataLoader(
-        TripleDataset(evaluated, prepare),
-        batch_size=cfg.TEST.IMS_PER_BATCH,
-        **_worker_options(workers, cfg.TEST.IMS_PER_BATCH, cfg.INPUT.SIZE_TEST, pin_memory),
-    )
+
+    ordered = BatchSampler(range(len(evaluated)), cfg.TEST.IMS_PER_BATCH, drop_last=False)
+    sources = [PixelSource(f"{splits.name}_test", evaluated, prepare.size, prepare.resample)]
+    if train:
+        labelled = _labelled(splits)
+        by_identity = _identity_sampler(cfg, labelled)
+        sources.append(PixelSource(f"{splits.name}_train", labelled, augment.size, augment.resample))
+
+    cache = choose_cache(cfg.DATALOADER.CACHE, sources, cuda=cuda, train=train)
+    val: DataLoader | CachedBatches
+    training: DataLoader | CachedBatches | None = None
+    if cache == "off":
+        if train and cfg.DATASETS.CHECK:
+            check_images(splits.train + evaluated, workers)
+        options = _worker_options(workers, cfg.TEST.IMS_PER_BATCH, prepare.size, cuda)
+        val = DataLoader(TripleDataset(evaluated, prepare), batch_sampler=ordered, **options)
+        if train:
+            triples = AugmentedDataset(TripleDataset(labelled, augment), cfg.SOLVER.SEED)
+            options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH, augment.size, cuda)
+            stay = options["num_workers"] > 0
+            training = DataLoader(triples, batch_sampler=by_identity, persistent_workers=stay, **options)
+    else:
+        root = Path(cfg.DATASETS.ROOT_DIR).expanduser()
+        folder = Path(cfg.DATALOADER.CACHE_DIR).expanduser() if cfg.DATALOADER.CACHE_DIR else root / "cache"
+        pixels = load_pixels(sources, workers, folder=folder if cache == "disk" else None, root=root)
+        val = CachedBatches(pixels[0], evaluated, ordered, DeviceNormalize(prepare.mean, prepare.std))
+        if train:
+            training = CachedBatches(pixels[1], labelled, by_identity, DeviceAugment(augment, cfg.SOLVER.SEED))
     return ReidData(
-        train=_train_loader(cfg, splits, augment, workers, pin_memory) if train else None,
-        val=EvalLoader(val, splits.query, splits.gallery, splits.protocol),
+        train=TrainLoader(training) if training is not None else None,
+        val=EvalLoader(val, evaluated, splits.query, splits.gallery, splits.protocol),
         num_classes=len(splits.identities),
         num_cameras=splits.num_cameras,
         identities=splits.identities,
     )
 
 
-def _train_loader(
-    cfg: CfgNode, splits: DatasetSplits, augment: TrainTransform, workers: int, pin_memory: bool
-) -> TrainLoader:
+def _labelled(splits: DatasetSplits) -> list[Sample]:
+    """The training triples, their identities numbered from 0."""
     label = {pid: index for index, pid in enumerate(splits.identities)}
-    samples = [replace(sample, pid=label[sample.pid]) for sample in splits.train]
-    sampler = IdentityBatchSampler(
+    return [replace(sample, pid=label[sample.pid]) for sample in splits.train]
+
+
+def _identity_sampler(cfg: CfgNode, samples: Sequence[Sample]) -> IdentityBatchSampler:
+    return IdentityBatchSampler(
         [sample.pid for sample in samples],
         ids_per_batch=cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE,
         instances=cfg.DATALOADER.NUM_INSTANCE,
         seed=cfg.SOLVER.SEED,
-    )
-    options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH, cfg.INPUT.SIZE_TRAIN, pin_memory)
-    return TrainLoader(
-        DataLoader(
-            AugmentedDataset(TripleDataset(samples, augment), cfg.SOLVER.SEED),
-            batch_sampler=sampler,
-            persistent_workers=options["num_workers"] > 0,
-            **options,
-        )
     )
 
 
@@ -265,10 +268,14 @@ def _outlive_one_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches; what went wrong in a worker process is told without its traceback."""
+def _batches(loader: DataLoader | CachedBatches, device: torch.device) -> Iterator[Batch]:
+    """The loader's batches on a device; what went wrong in a worker process is told without its traceback."""
+    if isinstance(loader, CachedBatches):
+        yield from loader.batches(device)
+        return
     try:
-        yield from loader
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
     except UserError as error:
         raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None
     except RuntimeError as error:

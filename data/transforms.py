@@ -12,6 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from yacs.config import CfgNode
 
+ERASED_AREA = (0.02, 1 / 3)
+"""Smallest and largest share of the image that random erasing covers."""
+
 
 class TrainTransform:
     """Resize, random flip, zero padding and random crop, normalisation, random erasing (Zhong et al., 2020).
@@ -28,6 +31,8 @@ class TrainTransform:
         sync: draw flip and crop once for all modalities.
     """
 
+    resample = Image.Resampling.BICUBIC
+
     def __init__(
         self,
         *,
@@ -41,12 +46,13 @@ class TrainTransform:
     ):
         self.size = (size[0], size[1])
         self.mean, self.std = mean, std
+        self.flip_prob, self.padding, self.erase_prob = flip_prob, padding, erase_prob
         self.sync = sync
         self.geometry = v2.Compose([v2.RandomHorizontalFlip(flip_prob), v2.RandomCrop(self.size, padding=padding)])
-        self.erase = RandomErasing(erase_prob, min_area=0.02, max_area=1 / 3, mode="pixel", device="cpu")
+        self.erase = RandomErasing(erase_prob, *ERASED_AREA, mode="pixel", device="cpu")
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = to_pixels(images, self.size, Image.Resampling.BICUBIC)
+        pixels = to_pixels(images, self.size, self.resample)
         pixels = self.geometry(pixels) if self.sync else torch.stack([self.geometry(image) for image in pixels])
         return self.erase(normalize(pixels, self.mean, self.std))
 
@@ -54,12 +60,14 @@ class TrainTransform:
 class EvalTransform:
     """Resize and normalisation, for `size`, `mean` and `std` as in `TrainTransform`."""
 
+    resample = Image.Resampling.BILINEAR
+
     def __init__(self, *, size: Sequence[int], mean: Sequence[float], std: Sequence[float]):
         self.size = (size[0], size[1])
         self.mean, self.std = mean, std
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        return normalize(to_pixels(images, self.size, Image.Resampling.BILINEAR), self.mean, self.std)
+        return normalize(to_pixels(images, self.size, self.resample), self.mean, self.std)
 
 
 def make_transforms(cfg: CfgNode) -> tuple[TrainTransform, EvalTransform]:
@@ -84,10 +92,14 @@ def to_pixels(images: Sequence[Image.Image], size: tuple[int, int], resample: Im
     return torch.stack([v2.functional.pil_to_tensor(image) for image in resized])
 
 
-def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(pixels / 255 - mean) / std, channel by channel, for (..., 3, H, W) uint8: float32 of the same shape."""
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+def normalize(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """(pixels / 255 - mean) / std, channel by channel, for (..., 3, H, W) uint8: float32 of the same shape.
+
+    The same bits on every device: CUDA would multiply by the inverse of a Python number, but divides by a tensor.
+    """
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=pixels.device).view(3, 1, 1) for v in (mean, std))
+    largest = torch.full((), 255.0, device=pixels.device)
+    return pixels.float().div_(largest).sub_(mean).div_(std)
 
 
 @contextmanager

@@ -84,8 +84,7 @@ def extract_features(
         for pattern in missing
     }
     first = 0
-    for batch in tqdm(loader, desc="features", leave=False, disable=None):
-        batch = batch.to(device, non_blocking=True)
+    for batch in tqdm(loader.batches(device), desc="features", total=len(loader), leave=False, disable=None):
         inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             encoded = model.encode(batch.images, batch.camid)

@@ -101,12 +101,12 @@ def do_train(
             steps = len(train_loader)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            bar = tqdm(train_loader, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=None)
+            batches = train_loader.batches(device)
+            bar = tqdm(batches, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=None)
             clock, clock_step = time.perf_counter(), state.step
 
             for step, batch in enumerate(bar, state.step + 1):
                 # one step: forward and backward over the micro-batches, then a guarded update
-                batch = batch.to(device, non_blocking=True)
                 if step == 1:
                     head = _slice(batch, 0, PROBE_SAMPLES)
                     probe = score_gradient_probe(model, head, loss_fn, epoch, dtype)

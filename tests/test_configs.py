@@ -71,6 +71,7 @@ def only_fault(*opts) -> str:
         ("TEST.WEIGHT", "", ""),
         ("MODEL.DEVICE", "cuda:1", "cuda:1"),
         ("DATALOADER.NUM_WORKERS", "-1", -1),
+        ("DATALOADER.CACHE", "off", "off"),
         ("OUTPUT_DIR", "runs/my run", "runs/my run"),
     ],
 )

@@ -50,7 +50,7 @@ def config(root, workers=0, **datasets):
             SYNC_AUG=False,
         ),
         DATASETS=SimpleNamespace(**{"NAMES": "RGBNT201", "ROOT_DIR": str(root), "CHECK": False} | datasets),
-        DATALOADER=SimpleNamespace(NUM_WORKERS=workers, NUM_INSTANCE=2),
+        DATALOADER=SimpleNamespace(NUM_WORKERS=workers, NUM_INSTANCE=2, CACHE="off", CACHE_DIR=""),
         SOLVER=SimpleNamespace(SEED=1111, IMS_PER_BATCH=4),
         TEST=SimpleNamespace(IMS_PER_BATCH=4),
     )
@@ -121,7 +121,7 @@ def test_global_generators_do_not_change_the_augmentation(root):
 
 
 def test_the_same_image_is_augmented_anew_at_another_place(root):
-    dataset = make_dataloader(config(root)).train.dataset
+    dataset = make_dataloader(config(root)).train.loader.dataset
     draws = [module.Draw(0, epoch, position) for epoch, position in ((1, 0), (1, 1), (2, 0))]
     images = [dataset[draw][0]["RGB"] for draw in draws]
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
@@ -198,9 +198,9 @@ def test_killed_worker_is_told(root):
             os.kill(os.getpid(), signal.SIGKILL)
 
     val = make_dataloader(config(root, workers=1)).val
-    loader = torch.utils.data.DataLoader(Deadly(val.dataset.samples, None), num_workers=1)
+    loader = torch.utils.data.DataLoader(Deadly(val.loader.dataset.samples, None), num_workers=1)
     with pytest.raises(UserError, match=r"NUM_WORKERS"):
-        list(module._batches(loader))
+        list(module._batches(loader, torch.device("cpu")))
 
 
 def test_too_few_identities_for_a_batch(root):
@@ -234,4 +234,4 @@ def test_batch_moves_and_datasets_pickle(root):
     reid = make_dataloader(config(root))
     batch = next(iter(reid.val)).to("meta", non_blocking=True)
     assert batch.images["NI"].is_meta and batch.index.is_meta and len(batch.path) == 4
-    pickle.dumps((reid.train.dataset, reid.val.dataset))
+    pickle.dumps((reid.train.loader.dataset, reid.val.loader.dataset))

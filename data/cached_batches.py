@@ -1,0 +1,94 @@
+"""Batches from cached pixels: gathered and sent by one thread ahead of their use, finished on the device."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from utils.modalities import MODALITIES
+
+from .batch import Batch
+from .datasets import Sample
+from .device_transforms import DeviceAugment, DeviceNormalize
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A batch on its way: pixels, ids and draws on the device, complete once `arrived` has happened there."""
+
+    tensors: list[Tensor]
+    path: list[str]
+    arrived: torch.cuda.Event | None
+
+
+class CachedBatches:
+    """What a DataLoader is to files: the batches that a sampler asks for, of triples whose pixels are at hand.
+
+    Args:
+        pixels: (N, M, 3, H, W) uint8, in memory or memory-mapped; shared, never copied as a whole.
+        samples: the N triples.
+        batch_sampler: yields the batches, lists of `Draw` for a transform that augments, else of indices.
+        transform: makes (M, B, 3, H, W) float32 of uint8, on the device.
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        samples: Sequence[Sample],
+        batch_sampler: Sampler,
+        transform: DeviceAugment | DeviceNormalize,
+    ):
+        self.pixels = pixels
+        self.samples = samples
+        self.batch_sampler = batch_sampler
+        self.transform = transform
+        self.ids = torch.tensor([(s.pid, s.camid, s.sceneid, i) for i, s in enumerate(samples)])  # (N, 4)
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """One pass of the sampler; while a batch is in use, the next is made ready."""
+        self.transform.to(device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "batches") as thread:
+            current = None
+            for items in self.batch_sampler:
+                upcoming = thread.submit(self._stage, items, device, stream)
+                if current is not None:
+                    yield self._finish(current.result())
+                current = upcoming
+            if current is not None:
+                yield self._finish(current.result())
+
+    def _stage(self, items: list, device: torch.device, stream: torch.cuda.Stream | None) -> Staged:
+        """Gathers a batch and sends it to the device, on CUDA without waiting for it.
+
+        Page-locked memory comes from torch's own pool, which hands a buffer out again only after the copies out of it.
+        """
+        indices, drawn = items, []
+        if isinstance(self.transform, DeviceAugment):
+            indices = [draw.index for draw in items]
+            drawn = [self.transform.draw(items[0].epoch, [draw.position for draw in items])]
+        ids = self.ids[indices].T.contiguous()
+        path = [self.samples[index].path for index in indices]
+        pinned = stream is not None
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            pixels = torch.empty((len(indices), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+            np.take(self.pixels, indices, axis=0, out=pixels.numpy(), mode="clip")  # other modes copy twice
+            tensors = [tensor.pin_memory() if pinned else tensor for tensor in (pixels, ids, *drawn)]
+            sent = [tensor.to(device, non_blocking=pinned) for tensor in tensors]
+            return Staged(sent, path, stream.record_event() if stream is not None else None)
+
+    def _finish(self, staged: Staged) -> Batch:
+        pixels, ids, *drawn = staged.tensors
+        if staged.arrived is not None:
+            stream = torch.cuda.current_stream(pixels.device)
+            stream.wait_event(staged.arrived)
+            for tensor in staged.tensors:
+                tensor.record_stream(stream)  # its memory is not reused before this stream is done with it
+        images = self.transform(pixels.transpose(0, 1).contiguous(), *drawn)  # one block a modality
+        pid, camid, sceneid, index = ids
+        return Batch(dict(zip(MODALITIES, images, strict=True)), pid, camid, sceneid, index, staged.path)
