@@ -120,14 +120,15 @@ class Kept:
 def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
     """mAP and Rank-1, 5, 10 in percent of one branch's features (N, D), ranked as TEST.* says."""
     sides = (val.query, val.gallery)
-    labels = [values[side] for values in (val.pids, val.camids, val.sceneids) for side in sides]
+    known: list = [values[side] for values in (val.pids, val.camids, val.sceneids) for side in sides]
+    known.append(val.protocol)
     if cfg.TEST.RE_RANKING:
         features = F.normalize(features, dim=-1) if cfg.TEST.FEAT_NORM else features
         distance = re_ranking(*(_rows(features, side) for side in sides))
-        cmc, mean_ap = rank_metrics(distance, *labels, val.protocol)
+        cmc, mean_ap = rank_metrics(distance, *known)
     else:
         query, gallery = (_rows(features, side) for side in sides)
-        cmc, mean_ap = rank_features(query, gallery, *labels, val.protocol, normalise=cfg.TEST.FEAT_NORM)
+        cmc, mean_ap = rank_features(query, gallery, *known, normalise=cfg.TEST.FEAT_NORM)
     return {"mAP": 100 * mean_ap} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
 
 
