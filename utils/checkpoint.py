@@ -95,11 +95,11 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except PermissionError as error:
         raise UserError(f"{path}: may not be read: {error}. Check the rights of the file.") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # on half a file, the readers fail in any way
         if "TorchScript" in str(error):
             raise UserError(f"{path}: is a program (TorchScript archive); weights alone are needed.") from error
-        reason = "it is no checkpoint" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise _damaged(path, reason) from error
+        tells = isinstance(error, (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError))
+        raise _damaged(path, (str(error) or type(error).__name__) if tells else "it is no checkpoint") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors.")
     return state
