@@ -89,11 +89,17 @@ def do_train(
         return result.metrics | {"epoch": epoch}
 
     results: dict[str, dict] = {}
+
+    def keep_results() -> None:
+        sections = {"before": results.get("before"), "last": results.get("last"), "best": state.best}
+        known = {name: metrics for name, metrics in sections.items() if metrics}
+        writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
+
     if start is None:
         knowing_nothing = loss_fn.uninformed(model.heads.keys(), 2 * cfg.MODEL.SDTPS_WARMUP_EPOCHS + 1)
         log.info("a network that knows nothing has a loss of %.2f", knowing_nothing)
         results["before"] = evaluate_now(0)
-        writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, before=results["before"])
+        keep_results()
     model.train()
 
     with StopRequest() as stop, CheckpointWriter() as files:
@@ -178,9 +184,11 @@ def do_train(
                 if state.best is None or _score(results["last"]) > _score(state.best):
                     state.best = results["last"]
                     copies.append(out / f"{cfg.MODEL.NAME}best.pth")
-                sections = {"last": results["last"], "best": state.best}
-                writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **sections)
+                keep_results()
             state.save(files, out / LAST, *copies)
+        files.finish()
+        if "last" in results:
+            keep_results()  # the disk may have been full when it was tried before
 
     if "last" not in results:
         log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)

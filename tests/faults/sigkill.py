@@ -3,8 +3,8 @@
 After every kill each checkpoint in the folder must load, and the run that goes on must end as the one that was never
 killed did: the same weights, moments, random states and metrics in every checkpoint, bit for bit. A third of the
 moments lie in the writing of a checkpoint, a third in evaluations, a third anywhere; a part of the runs is killed again
-after it went on. Every epoch counts as the best so far, so that each writes all kinds of checkpoints. Prints a table and
-ends with exit code 1 if a kill was not survived.
+after it went on. Every epoch counts as the best so far, so that each writes all kinds of checkpoints. Prints a table
+and ends with exit code 1 if a kill was not survived.
 
 python tests/faults/sigkill.py --kills 50
 """
