@@ -166,6 +166,11 @@ KEYS: dict[str, dict[str, Key]] = {
         "CHECKPOINT_PERIOD": Key(
             10, "epochs between numbered checkpoints; last.pth is written in every one", within=_COUNT
         ),
+        "KEEP_CHECKPOINTS": Key(
+            0,
+            "numbered checkpoints that are kept, the newest n; 0 keeps all; best and last are kept anyway",
+            within=_NOT_NEGATIVE,
+        ),
         "LOG_PERIOD": Key(10, "steps between log lines", within=_COUNT),
         "EVAL_PERIOD": Key(1, "epochs between evaluations", within=_COUNT),
         "IMS_PER_BATCH": Key(64, "image triples in a training batch, over all micro-batches of a step", within=_COUNT),

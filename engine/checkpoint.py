@@ -14,10 +14,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 import configs
+from engine.background import CheckpointWriter
 from engine.meters import Meters
-from utils.checkpoint import has_part, load_weights, read_file, save_file
+from utils.checkpoint import has_part, load_weights, read_file
 from utils.errors import UserError
-from utils.files import read_json, save_copy
+from utils.files import save_copy
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class TrainState:
     """Metrics of the best evaluation so far, with its epoch."""
     meters: Meters = field(default_factory=Meters)
     """Means of the epoch under way."""
+    numbered: list[int] = field(default_factory=list)
+    """Epochs whose numbered checkpoints this run wrote into OUTPUT_DIR; the older ones may be pruned already."""
 
     def state_dict(self) -> dict:
         """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`."""
@@ -109,17 +112,26 @@ class TrainState:
             "step": self.step,
             "global_step": self.global_step,
             "best": self.best,
+            "numbered": list(self.numbered),
             "meters": self.meters.state_dict() if self.step else None,
             "rng": _random_states(),
             "config": configs.dump(self.cfg),
             "identities": list(self.identities),
         }
 
-    def save(self, path: Path, *also: Path) -> None:
-        """Writes the checkpoint to `path`, and the same file under the names `also`."""
-        save_file(self.state_dict(), path)
-        for other in also:
-            save_copy(path, other)
+    def save(self, writer: CheckpointWriter, path: Path, *also: Path) -> None:
+        """Has the checkpoint written to `path`, and the same file under the names `also`.
+
+        Where a numbered one is among these, the oldest beyond SOLVER.KEEP_CHECKPOINTS are removed after it is written.
+        """
+        keep, surplus = self.cfg.SOLVER.KEEP_CHECKPOINTS, []
+        if self._numbered(path, self.epoch) in also:
+            self.numbered = [*(n for n in self.numbered if n < self.epoch), self.epoch]
+            surplus = [self._numbered(path, n) for n in self.numbered[:-keep]] if keep else []
+        writer.save(self.state_dict(), path, *also, surplus=surplus)
+
+    def _numbered(self, path: Path, epoch: int) -> Path:
+        return path.with_name(f"{self.cfg.MODEL.NAME}_{epoch}.pth")
 
     def restore(self, start: Start) -> str:
         """Goes on from a checkpoint; an edited config wins over the stored one, and its differences are listed.
@@ -166,25 +178,38 @@ class TrainState:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
         self.best = state["best"]
+        if start.path.resolve().parent == Path(self.cfg.OUTPUT_DIR).resolve():
+            self.numbered = [n for n in state.get("numbered", ()) if isinstance(n, int)]
         if state["meters"]:
             self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
         _set_random_states(state["rng"])
         place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
         return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
 
-    def keep_best(self, start: Start, out: Path) -> None:
-        """Sees to it that the best checkpoint so far lies in `out`; where it cannot be had, the best is sought anew."""
+    def keep_copies(self, start: Start, out: Path) -> None:
+        """Sees to it that the copies of this state lie in `out`, to which a run that was killed may not have come: the
+        numbered one, and the best so far. Where the best cannot be had, it is sought anew."""
+        numbered = self._numbered(out / start.path.name, self.epoch)
+        if self.epoch in self.numbered and self.step == 0 and not numbered.exists():
+            save_copy(start.path, numbered)
         best = out / f"{self.cfg.MODEL.NAME}best.pth"
-        if self.best is None or best.exists():
+        if self.best is None or self._is_best(best):
             return
-        stored = read_json(start.path.with_name("metrics.json")).get("best", {})
-        if self.best["epoch"] == self.epoch and self.step == 0:
-            save_copy(start.path, best)
-        elif start.path.with_name(best.name).exists() and stored.get("epoch") == self.best["epoch"]:
-            save_copy(start.path.with_name(best.name), best)
-        else:
-            log.info("the best checkpoint so far (epoch %d) is not at hand: seeking anew", self.best["epoch"])
-            self.best = None
+        for path in (start.path, start.path.with_name(best.name)):
+            if self._is_best(path):
+                save_copy(path, best)
+                return
+        log.info("the best checkpoint so far (epoch %d) is not at hand: seeking anew", self.best["epoch"])
+        self.best = None
+
+    def _is_best(self, path: Path) -> bool:
+        """Whether a file is the checkpoint of the evaluation that `best` tells."""
+        try:
+            state = read_file(path)
+        except UserError:
+            return False
+        best = self.best or {}
+        return (state.get("best"), state.get("epoch"), state.get("step")) == (best, best.get("epoch"), 0)
 
     def _check_identities(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
         if tuple(state["identities"]) != tuple(self.identities) and not {"classifier", "heads"} & set(reinit):

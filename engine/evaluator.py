@@ -18,7 +18,7 @@ from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
 from modeling.sdtps import Selection
 from utils.files import read_json, save_text
-from utils.metrics import pairwise_distance, rank_metrics
+from utils.metrics import rank_features, rank_metrics
 from utils.modalities import MODALITIES
 from utils.pictures import draw_selection, draw_share, stack_samples
 from utils.reranking import re_ranking
@@ -118,17 +118,24 @@ class Kept:
 
 def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
     """mAP and Rank-1, 5, 10 in percent of one branch's features (N, D), ranked as TEST.* says."""
-    features = F.normalize(features, dim=-1) if cfg.TEST.FEAT_NORM else features
-    query, gallery = features[val.query.to(features.device)], features[val.gallery.to(features.device)]
-    distance = re_ranking(query, gallery) if cfg.TEST.RE_RANKING else pairwise_distance(query, gallery)
+    sides = (val.query, val.gallery)
+    known: list = [values[side] for values in (val.pids, val.camids, val.sceneids) for side in sides]
+    known.append(val.protocol)
+    if cfg.TEST.RE_RANKING:
+        features = F.normalize(features, dim=-1) if cfg.TEST.FEAT_NORM else features
+        distance = re_ranking(*(_rows(features, side) for side in sides))
+        cmc, mean_ap = rank_metrics(distance, *known)
+    else:
+        query, gallery = (_rows(features, side) for side in sides)
+        cmc, mean_ap = rank_features(query, gallery, *known, normalise=cfg.TEST.FEAT_NORM)
+    return {"mAP": 100 * mean_ap} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
 
-    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
-        return values[val.query], values[val.gallery]
 
-    cmc, mean_ap = rank_metrics(
-        distance, *sides(val.pids), *sides(val.camids), *sides(val.sceneids), protocol=val.protocol
-    )
-    return {"mAP": 100 * float(mean_ap)} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
+def _rows(features: Tensor, index: Tensor) -> Tensor:
+    """Rows of (N, D) features; a view where they lie one after the other, since a large gallery fits only once."""
+    first, last = int(index[0]), int(index[-1]) + 1
+    in_order = len(index) == last - first and torch.equal(index, torch.arange(first, last))
+    return features[first:last] if in_order else features[index.to(features.device)]
 
 
 def evaluate(cfg: CfgNode, model: ReIDModel, val: EvalLoader, *, pictures: int = 0) -> EvalResult:

@@ -15,6 +15,8 @@ from utils.logging import read_metrics
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, METRICS_LOG, METRICS_FILE, LAST = "config.yml", "metrics.jsonl", "metrics.json", "last.pth"
+WRITTEN_ASIDE = (".pth", ".yml", ".json", ".jsonl")
+"""Kinds of files that are written aside as `.<name>.tmp`, which a run that was killed leaves behind."""
 
 
 def check_output_dir(cfg: CfgNode, resume_from: Path | None) -> None:
@@ -43,7 +45,7 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trai
 
     A run that goes on from an earlier checkpoint of the same folder moves what came after that checkpoint into a
     folder `superseded` in it (the next time `superseded-2`, …); so does a fresh start after a run that left no
-    checkpoint.
+    checkpoint. What a run that was killed had half written is removed.
 
     Args:
         cfg: the run's config.
@@ -58,6 +60,8 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trai
     out = Path(cfg.OUTPUT_DIR)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for stale in (p for suffix in WRITTEN_ASIDE for p in out.glob(f".*{suffix}.tmp")):
+            stale.unlink()
         if trains and (resume_from is None or resume_from.name != LAST):
             _set_aside(out, resume_from, epoch, cfg.MODEL.NAME)
         text = configs.dump(cfg)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data import Batch, ReidData
+from engine.background import CheckpointWriter
 from engine.checkpoint import Start, TrainState
 from engine.device import autocast_dtype, describe
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
@@ -77,7 +78,7 @@ def do_train(
     log.info("training on %s", describe(device, dtype))
     if start:
         log.info(account)
-        state.keep_best(start, out)
+        state.keep_copies(start, out)
     guard = FiniteGuard(model, optimizer, scaler)
     part_norms = PartNorms(guard.names, device)
     writer = MetricsWriter(out, resume_step=state.global_step + 1 if start else None)
@@ -88,14 +89,20 @@ def do_train(
         return result.metrics | {"epoch": epoch}
 
     results: dict[str, dict] = {}
+
+    def keep_results() -> None:
+        sections = {"before": results.get("before"), "last": results.get("last"), "best": state.best}
+        known = {name: metrics for name, metrics in sections.items() if metrics}
+        writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
+
     if start is None:
         knowing_nothing = loss_fn.uninformed(model.heads.keys(), 2 * cfg.MODEL.SDTPS_WARMUP_EPOCHS + 1)
         log.info("a network that knows nothing has a loss of %.2f", knowing_nothing)
         results["before"] = evaluate_now(0)
-        write_metrics(out / METRICS_FILE, before=results["before"])
+        keep_results()
     model.train()
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, CheckpointWriter() as files:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
@@ -157,7 +164,8 @@ def do_train(
                     window_meters.reset()
                 if stop.requested is not None:
                     guard.raise_if_bad()
-                    state.save(out / LAST)
+                    state.save(files, out / LAST)
+                    files.finish()
                     raise Interrupted(
                         f"Stopped after step {step} of epoch {epoch}; the state is in {out / LAST}. To go on, give "
                         f"the same command with TEST.WEIGHT {out / LAST}",
@@ -176,8 +184,11 @@ def do_train(
                 if state.best is None or _score(results["last"]) > _score(state.best):
                     state.best = results["last"]
                     copies.append(out / f"{cfg.MODEL.NAME}best.pth")
-                write_metrics(out / METRICS_FILE, last=results["last"], best=state.best)
-            state.save(out / LAST, *copies)
+                keep_results()
+            state.save(files, out / LAST, *copies)
+        files.finish()
+        if "last" in results:
+            keep_results()  # the disk may have been full when it was tried before
 
     if "last" not in results:
         log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)

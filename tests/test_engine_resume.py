@@ -217,6 +217,47 @@ def test_the_best_checkpoint_comes_along(tiny_yaml, one_epoch, tmp_path):
     assert read_file(tmp_path / "two" / "DeMobest.pth")["epoch"] == best["epoch"]
 
 
+def test_only_the_newest_numbered_checkpoints_are_kept(tiny_yaml, one_epoch, tmp_path):
+    """Of this run: also those from before it was resumed; best, last and what others put there stay."""
+    foreign = one_epoch / "DeMo_0.pth"
+    foreign.write_bytes(b"another run's")
+    opts = ("OUTPUT_DIR", str(one_epoch), "TEST.WEIGHT", f"{one_epoch}/last.pth")
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "3")
+    assert {p.name for p in one_epoch.glob("DeMo_*.pth")} == {f"DeMo_{n}.pth" for n in range(4)}
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "4", "SOLVER.KEEP_CHECKPOINTS", "2")
+    assert {p.name for p in one_epoch.glob("*.pth")} == {
+        *("DeMo_0.pth", "DeMo_3.pth", "DeMo_4.pth", "DeMobest.pth", "last.pth")
+    }
+    assert [read_file(one_epoch / f"{name}.pth")["epoch"] for name in ("DeMo_3", "DeMo_4", "last")] == [3, 4, 4]
+    # a run that goes on elsewhere leaves this folder alone
+    opts = ("OUTPUT_DIR", f"{tmp_path}/two", "TEST.WEIGHT", f"{one_epoch}/last.pth", "SOLVER.KEEP_CHECKPOINTS", "1")
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "5")
+    assert [p.name for p in (tmp_path / "two").glob("DeMo_*.pth")] == ["DeMo_5.pth"]
+    assert len(list(one_epoch.glob("*.pth"))) == 5
+
+
+def test_a_run_killed_between_the_names_of_a_checkpoint_is_made_whole(tiny_yaml, one_epoch):
+    """last.pth is new, the numbered copy is missing and the best is still that of an earlier epoch."""
+    opts = ("OUTPUT_DIR", str(one_epoch), "TEST.WEIGHT", f"{one_epoch}/last.pth", "SOLVER.EVAL_PERIOD", "1")
+    shutil.copy(one_epoch / "DeMobest.pth", one_epoch / "old")
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "2")
+    state = read_file(one_epoch / "last.pth")
+    state["best"]["both"]["mAP"] = 100.1  # a second epoch better than any
+    state["best"]["epoch"] = 2
+    torch.save(state, one_epoch / "last.pth")
+    (one_epoch / "DeMo_2.pth").unlink()
+    shutil.move(one_epoch / "old", one_epoch / "DeMobest.pth")
+    half_written = [one_epoch / f".{name}.tmp" for name in ("last.pth", "metrics.json", "config.yml")]
+    for path in half_written:
+        path.write_bytes(b"half")
+    (one_epoch / ".other.tmp").write_text("not ours")
+    train(tiny_yaml, *opts, "SOLVER.MAX_EPOCHS", "3")
+    assert read_file(one_epoch / "DeMo_2.pth")["epoch"] == 2
+    best = read_file(one_epoch / "DeMobest.pth")
+    assert best["epoch"] == 2 and best["best"]["both"]["mAP"] == 100.1
+    assert [p.name for p in one_epoch.glob(".*")] == [".other.tmp"]
+
+
 def test_other_identities_stop(tiny_yaml, one_epoch, tmp_path):
     state = read_file(one_epoch / "last.pth")
     state["identities"][0] = 999

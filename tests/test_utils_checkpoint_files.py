@@ -1,3 +1,4 @@
+import os
 import pickle
 import resource
 import signal
@@ -135,6 +136,35 @@ def test_truncated(tmp_path, name, share):
     truncated(tmp_path / f"whole{path.suffix}", path, share)
     with pytest.raises(UserError, match=f"{name}: damaged or not a checkpoint .{path.stat().st_size} bytes"):
         read_file(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_short_at_any_byte_is_recognised_and_named(tmp_path, zipped):
+    whole, cut = tmp_path / "whole.bin", tmp_path / "cut.pth"
+    torch.save({"w": torch.arange(9.0), "epoch": 3}, whole, _use_new_zipfile_serialization=zipped)
+    assert read_file(whole)["epoch"] == 3
+    content = whole.read_bytes()
+    # the old format may end in the middle of a class's name, which then is a class that is not allowed
+    told = "damaged or not a checkpoint .{}.bytes.*Fetch or copy" + ("" if zipped else "|refused")
+    ends = {*range(40), *range(len(content) - 40, len(content))}
+    for size in sorted(ends | set(range(0, len(content), 3))):
+        cut.write_bytes(content[:size])
+        with pytest.raises(UserError, match=rf"cut\.pth: ({told.format(size)})"):
+            read_file(cut)
+
+
+def test_beside_a_damaged_checkpoint_the_newest_whole_one_is_offered(tmp_path):
+    run = {"optimizer": {}, "model": {"weight": torch.ones(3)}}
+    for age, (name, state) in enumerate(
+        [("last", run), ("DeMo_30", run), ("weights", {"weight": torch.ones(3)}), ("DeMo_20", run), ("DeMo_10", run)]
+    ):
+        path = tmp_path / f"{name}.pth"
+        save_file(state, path)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    for name in ("last", "DeMo_30"):
+        truncated(tmp_path / f"{name}.pth", tmp_path / f"{name}.pth", 0.8)
+    with pytest.raises(UserError, match=r"last\.pth: damaged.*newest whole one beside it: .*/DeMo_20\.pth$"):
+        read_file(tmp_path / "last.pth")
 
 
 @pytest.mark.parametrize("content", [b"hello, this is a text\n" * 20, b"<!DOCTYPE html><html></html>", b"\x00" * 300])

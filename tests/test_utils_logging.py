@@ -1,5 +1,7 @@
 import json
 import logging
+import resource
+import signal
 import warnings
 
 import pytest
@@ -90,6 +92,27 @@ def test_a_resumed_run_appends_after_half_a_line(tmp_path):
     writer.close()
     texts = path.read_text().splitlines()
     assert len(texts) == 2 and json.loads(texts[1]) == {"kind": "train", "step": 2, "epoch": 1, "loss": 1.0}
+
+
+def test_lines_that_found_no_room_come_later_and_whole(tmp_path, caplog):
+    """A disk with room for half a line: nothing of it stays, and all lines are there once there is room again."""
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, 1, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limit[1]))
+    try:
+        for step in (2, 3):
+            writer.scalars(step, 1, {"loss": 1.0})
+        assert [line["step"] for line in lines(path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+    writer.scalars(4, 1, {"loss": 1.0})
+    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
+    writer.close()
 
 
 def test_what_cannot_be_written_is_told_once_and_survived(tmp_path, caplog):

@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.errors import UserError
-from utils.metrics import one_thread, pairwise_distance, rank_metrics
+from utils.metrics import one_thread, pairwise_distance, rank_features, rank_metrics
 
 REFERENCE = np.load(Path(__file__).parent / "data/reference/ranking.npz")
 LABELS = [REFERENCE[name] for name in ("q_pid", "g_pid", "q_cam", "g_cam", "q_scene", "g_scene")]
@@ -88,6 +89,78 @@ def test_refusals(change, message):
     rank_metrics(**arguments)
     with pytest.raises(UserError, match=message):
         rank_metrics(**arguments | change)
+
+
+def whole_features(queries, gallery, channels, seed=0):
+    """Features of small whole numbers, whose distances are exact however they are cut and often equal; labels."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (queries, gallery)
+    features = [torch.randint(-1, 2, (n, channels), generator=generator).float() for n in sizes]
+    pids, cameras, scenes = ([torch.randint(0, top, (n,), generator=generator) for n in sizes] for top in (5, 2, 3))
+    return features, [*pids, *cameras, *scenes]
+
+
+@pytest.mark.parametrize("protocol", ["camera", "scene"])
+@pytest.mark.parametrize(("entries", "numbers"), [(1, 1), (100, 18), (37 * 4, 6 * 36), (2**23, 2**25)])
+def test_chunks_of_features_score_as_the_whole_matrix(monkeypatch, protocol, entries, numbers):
+    """Whatever the size of the chunks: with ties, entries that are left out, and a query without a match."""
+    (query, gallery), labels = whole_features(23, 37, 6)
+    labels[0][3] = 99
+    distance = pairwise_distance(query, gallery)
+    assert len(distance.unique()) < 30
+    expected_cmc, expected_map = rank_metrics(distance, *labels, protocol=protocol)
+    plain, place = [x.tolist() for x in labels], 2 if protocol == "camera" else 4
+    naive_cmc, naive_map = naive_metrics(distance.tolist(), *plain[:2], *plain[place : place + 2], max_rank=50)
+    np.testing.assert_allclose(expected_cmc[:37], naive_cmc[:37], atol=1e-12)
+    assert expected_map == pytest.approx(naive_map, abs=1e-12)
+    monkeypatch.setattr("utils.metrics.ENTRIES", entries)
+    monkeypatch.setattr("utils.metrics.FEATURES", numbers)
+    cmc, mean_ap = rank_features(query, gallery, *labels, protocol=protocol)
+    assert cmc.tolist() == expected_cmc.tolist() and mean_ap == expected_map
+
+
+def test_features_are_scaled_to_length_one_where_asked(monkeypatch):
+    (query, gallery), labels = whole_features(23, 37, 6, seed=1)
+    query, gallery = query + 0.5, (gallery + 0.5) * torch.arange(1, 38)[:, None]
+    unit = [torch.nn.functional.normalize(side, dim=-1) for side in (query, gallery)]
+    expected = rank_metrics(pairwise_distance(*unit), *labels)[1]
+    monkeypatch.setattr("utils.metrics.FEATURES", 60)
+    assert rank_features(query, gallery, *labels, normalise=True)[1] == pytest.approx(expected, abs=1e-9)
+    assert rank_features(query, gallery, *labels)[1] != pytest.approx(expected, abs=1e-3)
+
+
+def test_nan_features_are_refused():
+    (query, gallery), labels = whole_features(4, 5, 6)
+    gallery[2, 1] = float("nan")
+    with pytest.raises(UserError, match="4 of 20 distances are NaN"):
+        rank_features(query, gallery, *labels)
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, in elements; views of its arguments do not count."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_neither_the_matrix_nor_a_second_gallery_is_ever_made(monkeypatch, normalise):
+    (query, gallery), labels = whole_features(64, 512, 16)
+    monkeypatch.setattr("utils.metrics.ENTRIES", 2048)
+    monkeypatch.setattr("utils.metrics.FEATURES", 1024)
+    with LargestResult() as whole:
+        rank_metrics(pairwise_distance(query, gallery), *labels)
+    assert whole.largest == 64 * 512
+    with LargestResult() as chunked:
+        rank_features(query, gallery, *labels, normalise=normalise, max_rank=10)
+    assert chunked.largest == 2048  # the gallery has 8192 numbers
 
 
 def test_one_thread_gives_the_threads_back(monkeypatch):

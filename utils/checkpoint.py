@@ -45,13 +45,38 @@ def save_file(state: dict[str, Any], path: str | Path) -> None:
         raise UserError(f"{path}: cannot be written: {reason}. Check free space and rights of the folder.") from error
 
 
+class _Damaged(UserError):
+    """A file that was cut short, or never was a checkpoint."""
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a dict from a `.safetensors` file, or from anything that `torch.save` wrote, onto the CPU.
 
     Raises:
         UserError: there is no such file, it is damaged, it holds something else than a dict, or it needs code to run.
+            Beside a damaged one, the newest whole checkpoint of a run is named.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path))
+    except _Damaged as error:
+        whole = _newest_whole_beside(Path(path))
+        advice = f"Take the newest whole one beside it: {whole}" if whole else "Fetch or copy the file again."
+        raise UserError(f"{error} {advice}") from error
+
+
+def _newest_whole_beside(path: Path) -> Path | None:
+    """The newest other checkpoint in the folder from which a run can go on."""
+    others = [other for other in path.parent.glob("*.pth") if other.is_file() and other.name != path.name]
+    for other in sorted(others, key=lambda other: other.stat().st_mtime_ns, reverse=True):
+        try:
+            if "optimizer" in _read(other):
+                return other
+        except UserError:
+            continue
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give a checkpoint file in it.{_files_in(path)}")
     if not path.exists():
@@ -63,26 +88,26 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         needed = re.search(r"(?:GLOBAL |class ')([\w.]+)", str(error))
         if needed is None:
-            raise UserError(_damaged(path, "it is no checkpoint")) from error
+            raise _damaged(path, "it is no checkpoint") from error
         raise UserError(
             f"{path}: refused, because reading it would run code ({needed[1]}). If you trust its origin, save its "
             "state dict anew: torch.save({name: tensor for each weight}, path)."
         ) from error
     except PermissionError as error:
         raise UserError(f"{path}: may not be read: {error}. Check the rights of the file.") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # on half a file, the readers fail in any way
         if "TorchScript" in str(error):
             raise UserError(f"{path}: is a program (TorchScript archive); weights alone are needed.") from error
-        reason = "it is no checkpoint" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise UserError(_damaged(path, reason)) from error
+        tells = isinstance(error, (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError))
+        raise _damaged(path, (str(error) or type(error).__name__) if tells else "it is no checkpoint") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors.")
     return state
 
 
-def _damaged(path: Path, reason: str) -> str:
+def _damaged(path: Path, reason: str) -> _Damaged:
     size, reason = path.stat().st_size, reason.strip().splitlines()[0]
-    return f"{path}: damaged or not a checkpoint ({size} bytes; {reason}). Fetch or copy the file again."
+    return _Damaged(f"{path}: damaged or not a checkpoint ({size} bytes; {reason}).")
 
 
 def _files_in(folder: Path) -> str:

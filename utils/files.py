@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import UserError
@@ -24,7 +25,8 @@ def save_text(text: str, path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}. Check the free space and the rights.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def save_copy(source: Path, path: Path) -> None:
@@ -46,7 +48,8 @@ def save_copy(source: Path, path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}. Check the free space and the rights.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def read_json(path: Path) -> dict:

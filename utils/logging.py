@@ -1,8 +1,10 @@
 """What a run tells: lines for people (console and train.log) and numbers for tools (TensorBoard and metrics.jsonl)."""
 
+import errno
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +93,8 @@ class MetricsWriter:
     """Numbers and pictures of a run: TensorBoard events in `<output_dir>/tensorboard`, lines in `metrics.jsonl`.
 
     A line is one JSON object: kind, step, epoch and the values, each a number or null (not finite). A resumed run
-    appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run.
+    appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run;
+    lines that found no room are written with the next one that does.
 
     Args:
         output_dir: the folder of the run.
@@ -102,15 +105,16 @@ class MetricsWriter:
         self.path = Path(output_dir) / "metrics.jsonl"
         self.board: Any = None
         self._complained: set[str] = set()
-        self._attempt(str(self.path), self._open_lines)
-        self._attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
+        self._unwritten = b""
+        self.attempt(str(self.path), self._open_lines)
+        self.attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
 
     def scalars(self, step: int, epoch: float, values: dict[str, Any], kind: str = "train") -> None:
         """Write named numbers (floats, ints, one-element tensors) of one moment; TensorBoard gets `<kind>/<name>`."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {"kind": kind, "step": step, "epoch": epoch}
         line |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        self._attempt(str(self.path), self._append, json.dumps(line, allow_nan=False) + "\n")
+        self.attempt(str(self.path), self._append, json.dumps(line, allow_nan=False) + "\n")
         for name, number in numbers.items():
             self._on_board("add_scalar", f"{kind}/{name}", number, step)
 
@@ -118,9 +122,11 @@ class MetricsWriter:
         """Show a uint8 picture (3, H, W) in TensorBoard, and keep it as `pictures/<tag>_epoch_<n>.png`."""
         self._on_board("add_image", tag, picture, step)
         path = self.path.parent / "pictures" / f"{tag}_epoch_{epoch:03d}.png"
-        self._attempt(str(path.parent), self._save_picture, picture, path)
+        self.attempt(str(path.parent), self._save_picture, picture, path)
 
     def close(self) -> None:
+        if self._unwritten:
+            self.attempt(str(self.path), self._append, "")
         self._on_board("close")
         self.board = None
 
@@ -130,8 +136,13 @@ class MetricsWriter:
             self.path.write_bytes(lines[: lines.rfind(b"\n") + 1])  # a killed run may leave half a line
 
     def _append(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
+        self._unwritten += text.encode()
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(self._unwritten) < len(self._unwritten):  # a disk that has room for a part of it
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._unwritten = b""
 
     def _save_picture(self, picture: torch.Tensor, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -143,12 +154,14 @@ class MetricsWriter:
         self.board = SummaryWriter(folder, purge_step=resume_step, flush_secs=30)
 
     def _on_board(self, method: str, *args: Any) -> None:
-        if self.board is not None and not self._attempt("TensorBoard", getattr(self.board, method), *args):
+        if self.board is not None and not self.attempt("TensorBoard", getattr(self.board, method), *args):
             self.board = None
 
-    def _attempt(self, what: str, call: Callable[..., None], *args: Any) -> bool:
+    def attempt(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+        """Writes something by a call, and whether that worked; a failure is told, once until it works again."""
         try:
-            call(*args)
+            call(*args, **kwargs)
+            self._complained.discard(what)
         except Exception as error:
             if what not in self._complained:
                 self._complained.add(what)

@@ -1,18 +1,24 @@
 """Ranking metrics of re-identification: cumulative matching characteristics (CMC) and mean average precision (mAP).
 
-Shape letters: Q queries, G gallery entries.
+Shape letters: Q queries, G gallery entries, D channels; q of the queries and g of the gallery are worked on at once.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
 
-CHUNK = 32  # queries ranked at once: CHUNK x G keys of 8 bytes fit into the cache
+CHUNK = 32  # queries ranked at once on the CPU: CHUNK x G keys of 8 bytes fit into the cache
+ENTRIES = 2**23  # distances held at once; ranking them on a GPU takes about 60 bytes each
+FEATURES = 2**25  # numbers of the gallery's features that are compared at once
+
+Labels: TypeAlias = Tensor | np.ndarray
 
 
 @contextmanager
@@ -35,15 +41,14 @@ def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
         return torch.addmm(squares[0][:, None] + squares[1], query, gallery.T, alpha=-2).clamp_min_(0)
 
 
-@one_thread()
 def rank_metrics(
     distance: Tensor | np.ndarray,
-    q_pid: Tensor | np.ndarray,
-    g_pid: Tensor | np.ndarray,
-    q_cam: Tensor | np.ndarray,
-    g_cam: Tensor | np.ndarray,
-    q_scene: Tensor | np.ndarray | None = None,
-    g_scene: Tensor | np.ndarray | None = None,
+    q_pid: Labels,
+    g_pid: Labels,
+    q_cam: Labels,
+    g_cam: Labels,
+    q_scene: Labels | None = None,
+    g_scene: Labels | None = None,
     protocol: str = "camera",
     max_rank: int = 50,
 ) -> tuple[np.ndarray, float]:
@@ -67,41 +72,125 @@ def rank_metrics(
         UserError: an unknown protocol, missing scenes, sizes that disagree, a NaN distance, or no query with a match.
     """
     distance = torch.as_tensor(distance)
-    device = distance.device if distance.device.type == "cuda" else torch.device("cpu")
-    distance = distance.to(device, torch.float32)
+    distance = distance.to(_ranking_device(distance), torch.float32)
+    labels = _labels(distance.device, distance.shape, q_pid, g_pid, q_cam, g_cam, q_scene, g_scene, protocol)
+    return _mean(_scores(distance, *labels), distance.shape, protocol, max_rank)
+
+
+def rank_features(
+    query: Tensor,
+    gallery: Tensor,
+    q_pid: Labels,
+    g_pid: Labels,
+    q_cam: Labels,
+    g_cam: Labels,
+    q_scene: Labels | None = None,
+    g_scene: Labels | None = None,
+    protocol: str = "camera",
+    max_rank: int = 50,
+    *,
+    normalise: bool = False,
+) -> tuple[np.ndarray, float]:
+    """`rank_metrics` on the squared Euclidean distances between features, of which only a few rows exist at a time.
+
+    Runs where the features are and reads back once, at the end. Beside the features, which are not copied, it takes
+    about 0.6 GiB on a GPU, however large the gallery.
+
+    Args:
+        query, gallery: (Q, D) and (G, D).
+        q_pid, g_pid, q_cam, g_cam, q_scene, g_scene, protocol, max_rank: see `rank_metrics`.
+        normalise: scale features to length 1 first.
+
+    Returns:
+        cmc and mAP of `rank_metrics`: the same numbers where all fits one block (2**23 distances, 2**25 numbers of the
+        gallery); beyond, the matrix products of blocks may round the last bit of a distance otherwise.
+
+    Raises:
+        UserError: as `rank_metrics` does; NaN in the features among the reasons.
+    """
+    device, shape = _ranking_device(query), torch.Size((len(query), len(gallery)))
+    ids, gallery_ids, places, gallery_places = _labels(
+        device, shape, q_pid, g_pid, q_cam, g_cam, q_scene, g_scene, protocol
+    )
+    scores = []
+    for rows in _slices(shape[0], ENTRIES // max(1, shape[1])):
+        part = F.normalize(query[rows], dim=-1) if normalise else query[rows]
+        distance = torch.empty(len(part), shape[1], device=device)
+        for block in _slices(shape[1], FEATURES // max(1, gallery.shape[1])):
+            other = F.normalize(gallery[block], dim=-1) if normalise else gallery[block]
+            distance[:, block] = pairwise_distance(part, other)
+        scores.append(_scores(distance, ids[rows], gallery_ids, places[rows], gallery_places))
+    return _mean(torch.cat(scores, dim=1), shape, protocol, max_rank)
+
+
+def _ranking_device(values: Tensor) -> torch.device:
+    """CUDA, or the CPU: others lack float64."""
+    return values.device if values.device.type == "cuda" else torch.device("cpu")
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """Cuts a range into pieces of `size` (at least 1); one empty piece where there is nothing to cut."""
+    size = max(1, size)
+    return [slice(first, first + size) for first in range(0, max(1, length), size)]
+
+
+def _labels(
+    device: torch.device,
+    shape: torch.Size,
+    q_pid: Labels,
+    g_pid: Labels,
+    q_cam: Labels,
+    g_cam: Labels,
+    q_scene: Labels | None,
+    g_scene: Labels | None,
+    protocol: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Identities and places (cameras or scenes) of queries and gallery on the device, checked against (Q, G)."""
     if protocol not in ("camera", "scene"):
         raise UserError(f"protocol {protocol!r}: expected 'camera' or 'scene'")
     if protocol == "scene" and (q_scene is None or g_scene is None):
         raise UserError("protocol 'scene' needs q_scene and g_scene; use 'camera' for data without scenes")
     q_place, g_place = (q_cam, g_cam) if protocol == "camera" else (q_scene, g_scene)
     q_pid, g_pid, q_place, g_place = (torch.as_tensor(x, device=device) for x in (q_pid, g_pid, q_place, g_place))
-    if {tuple(distance.shape)} != {(len(q_pid), len(g_pid)), (len(q_place), len(g_place))}:
+    if {tuple(shape)} != {(len(q_pid), len(g_pid)), (len(q_place), len(g_place))}:
         raise UserError(
-            f"distance is {tuple(distance.shape)}, but of queries there are {len(q_pid)} ids and {len(q_place)} "
+            f"distance is {tuple(shape)}, but of queries there are {len(q_pid)} ids and {len(q_place)} "
             f"{protocol}s, of gallery entries {len(g_pid)} and {len(g_place)}"
         )
-    if distance.isnan().any():
-        raise UserError(f"{int(distance.isnan().sum())} of {distance.numel()} distances are NaN: check the features")
+    return q_pid, g_pid, q_place, g_place
 
-    first_match, precision = [], []
-    for rows in torch.arange(len(q_pid), device=device).split(CHUNK):
+
+@one_thread()
+def _scores(distance: Tensor, q_pid: Tensor, g_pid: Tensor, q_place: Tensor, g_place: Tensor) -> Tensor:
+    """For each query (4, Q) float64: rank of the first match from 0, matches, sum of the precisions, NaN distances.
+
+    Nothing here waits for the device.
+    """
+    entries = max(1, distance.shape[1])
+    place = torch.arange(1, distance.shape[1] + 1, device=distance.device, dtype=torch.float64)
+    scores = []
+    for rows in _slices(len(distance), ENTRIES // entries if distance.is_cuda else CHUNK):
         same_pid = q_pid[rows, None] == g_pid
         left_out = same_pid & (q_place[rows, None] == g_place)
         hits = _ranked_hits(distance[rows], same_pid, left_out)
-        query, rank = hits.nonzero(as_tuple=True)  # row by row, nearest first
-        matches = query.bincount(minlength=len(rows))
-        start = matches.cumsum(0) - matches
-        found = torch.arange(1, len(rank) + 1, device=device) - start[query]  # matches up to and with this one
-        total = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        total.index_add_(0, query, found.double() / (rank + 1))
-        counts = matches > 0
-        precision.append(total[counts] / matches[counts])
-        first_match.append(rank[start[counts]])
-    first_match, precision = torch.cat(first_match), torch.cat(precision)
-    if len(precision) == 0:
+        found = hits.cumsum(dim=1, dtype=torch.int32)  # matches up to and with each rank
+        precisions = torch.where(hits, found / place, 0.0).sum(dim=1)
+        counts = ((found == 0).sum(dim=1), hits.sum(dim=1), distance[rows].isnan().sum(dim=1))
+        first, matches, nans = (count.double() for count in counts)
+        scores.append(torch.stack([first, matches, precisions, nans]))
+    return torch.cat(scores, dim=1)
+
+
+def _mean(scores: Tensor, shape: torch.Size, protocol: str, max_rank: int) -> tuple[np.ndarray, float]:
+    """CMC and mAP of the queries that have a match, from what `_scores` gives; reads the device back."""
+    first, matches, precisions, nans = scores.cpu()
+    if nans.any():
+        raise UserError(f"{int(nans.sum())} of {shape.numel()} distances are NaN: check the features")
+    counts = matches > 0
+    if not counts.any():
         raise UserError(f"no query has a match in the gallery under the {protocol} protocol: check ids and {protocol}s")
-    reached = first_match[:, None] <= torch.arange(max_rank, device=device)
-    return reached.double().mean(dim=0).cpu().numpy(), precision.mean().item()
+    reached = first[counts, None] <= torch.arange(max_rank)
+    return reached.double().mean(dim=0).numpy(), (precisions[counts] / matches[counts]).mean().item()
 
 
 def _ranked_hits(distance: Tensor, same_pid: Tensor, left_out: Tensor) -> Tensor:
