@@ -39,12 +39,14 @@ def selection_statistics(selection: Selection) -> dict[str, Tensor]:
 
     - `predicted_spread`: standard deviation of the predictor's score inside an image; near 0 it tells patches apart
       no more, or is saturated;
+    - `predicted_mean`: its mean; a spread near 0 with a mean near 0 or 1 is saturation;
     - `kept_range`: best minus worst score among the kept patches; over tau it is how much importance can weigh.
     """
     result = {}
     for m in MODALITIES:
         kept = selection.scores[m].gather(-1, selection.kept[m])
         result[f"sdtps/predicted_spread/{m}"] = selection.predicted[m].std(-1, correction=0).mean()
+        result[f"sdtps/predicted_mean/{m}"] = selection.predicted[m].mean()
         result[f"sdtps/kept_range/{m}"] = (kept.amax(-1) - kept.amin(-1)).mean()
     return result
 

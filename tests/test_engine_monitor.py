@@ -26,6 +26,7 @@ def test_selection_statistics():
     assert float(values["sdtps/kept_range/NI"]) == pytest.approx(0.6)
     assert float(values["sdtps/kept_range/TI"]) == pytest.approx(0.2)
     assert float(values["sdtps/predicted_spread/RGB"]) == pytest.approx(0.2958, abs=1e-4)
+    assert float(values["sdtps/predicted_mean/TI"]) == pytest.approx(0.45)
 
 
 def test_selection_monitor_over_batches():
