@@ -83,6 +83,8 @@ class Diagnosis:
     def __init__(self, cfg: CfgNode, loss_fn: ReIDLoss):
         self.cfg, self.loss_fn = cfg, loss_fn
         self.told: dict[str, int] = {}  # rule -> epoch in which it was told last
+        # random weights need the whole warm-up to come to anything, and their tokens are much alike until then
+        self.patience = 0 if cfg.MODEL.PRETRAINED else max(0, cfg.SOLVER.WARMUP_ITERS - 1)
         self.first: dict[str, float] = {}  # name -> the first value seen of what is compared with its start
         self.first_step: int | None = None  # of this process: a resumed run begins anew
         self.epoch, self.step, self.epoch_step = -1, 0, 0
@@ -223,7 +225,9 @@ class Diagnosis:
                     f"alike. Set MODEL.SDTPS_SCORE_GRAD all ({m.SDTPS_SCORE_GRAD} now), lower SOLVER.WEIGHT_DECAY or "
                     f"SOLVER.SDTPS_LR_FACTOR ({self.cfg.SOLVER.SDTPS_LR_FACTOR:g} now).",
                 )
-        for name, kept_range in _of(s, "sdtps/kept_range/") if m.SDTPS_TEMPERATURE > 0 else ():
+        if m.SDTPS_TEMPERATURE == 0 or self.epoch <= self.patience:
+            return
+        for name, kept_range in _of(s, "sdtps/kept_range/"):
             weight = kept_range / m.SDTPS_TEMPERATURE
             if weight < FLAT_IMPORTANCE:
                 yield Finding(
@@ -237,8 +241,7 @@ class Diagnosis:
     def _whole_epoch(self, s: dict[str, float]) -> Iterator[Finding]:
         """The means of an epoch's losses and of its accuracy."""
         m, solver = self.cfg.MODEL, self.cfg.SOLVER
-        start = 0 if m.PRETRAINED else max(0, solver.WARMUP_ITERS - 1)  # random weights need the whole warm-up
-        if self.step < LEARNING_STEPS or self.epoch <= start:
+        if self.step < LEARNING_STEPS or self.epoch <= self.patience:
             return
         rates = f"SOLVER.BACKBONE_LR ({solver.BACKBONE_LR:g} now: 5e-6 suits CLIP, 1e-4 to 3e-4 random weights)"
         chance = 1 / self.loss_fn.num_classes
@@ -252,7 +255,7 @@ class Diagnosis:
             )
         stuck, losses, levels = [], 0.0, 0.0
         for head in [name.removeprefix("id/") for name in s if name.startswith("id/")]:
-            wait = start + 1 + (2 * m.SDTPS_WARMUP_EPOCHS if head == "sdtps" else 0)
+            wait = self.patience + 1 + (2 * m.SDTPS_WARMUP_EPOCHS if head == "sdtps" else 0)
             loss, level, share = self._loss_of_head(head, s)
             knows_nothing = share >= UNINFORMED_ID or s.get("acc", math.nan) < LEARNED_ACCURACY
             if self.epoch > wait and level > 0 and loss >= UNINFORMED_SHARE * level and knows_nothing:
