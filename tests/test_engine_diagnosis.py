@@ -180,8 +180,8 @@ def rules(findings):
         ("train", {"sdtps/predicted_spread/NI": 0.001, "sdtps/predicted_mean/NI": 0.5}, None),
         ("train", {"sdtps/predicted_spread/NI": 0.001, "sdtps/predicted_mean/NI": 0.99}, "predictor_saturated"),
         ("train", {"sdtps/predicted_spread/NI": 0.001, "sdtps/predicted_mean/NI": 0.01}, "predictor_saturated"),
-        ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.05}, "importance_flat"),
-        ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.07}, None),
+        ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.02}, "importance_flat"),
+        ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.04}, None),
         ("train", {"loss": NAN, "acc": 0.1}, "non_finite"),
         ("eval", {"feature_norm/ori": 2.0, "feature_norm/sdtps": 18.0, "feature_norm/both": 18.1}, None),
         (
