@@ -100,7 +100,7 @@ class Diagnosis:
         """What is wrong in a record, each rule once an epoch; what is on purpose is told once a run, as information.
 
         Args:
-            kind: "probe", "train", "epoch" or "eval".
+            kind: "probe", "train", "epoch" or "eval"; of others only what is not finite is told.
             step: global step.
             epoch: from 1; 0 is the evaluation before training.
             values: name -> number.
@@ -110,8 +110,9 @@ class Diagnosis:
         if epoch != self.epoch:
             self.epoch, self.epoch_step, self.epoch_skipped = epoch, step, self.skipped
         self.step = step
+        found = [*_non_finite(values), *(self.rules[kind](values) if kind in self.rules else ())]
         fresh = []
-        for finding in (*_non_finite(values), *self.rules[kind](values)):
+        for finding in found:
             once = finding.level < logging.WARNING and finding.rule in self.told
             if not once and self.told.get(finding.rule) != epoch:
                 self.told[finding.rule] = epoch
@@ -235,7 +236,8 @@ class Diagnosis:
                     weight,
                     f"{name} is {kept_range:.2g}, {weight:.2g} of MODEL.SDTPS_TEMPERATURE: the best kept patch weighs "
                     f"{math.exp(weight):.2f} times the worst, so that importance hardly matters. Set "
-                    f"MODEL.SDTPS_TEMPERATURE down ({m.SDTPS_TEMPERATURE:g} now), not under 0.1.",
+                    f"MODEL.SDTPS_TEMPERATURE down ({m.SDTPS_TEMPERATURE:g} now, not under 0.1); if the loss does not "
+                    "fall either, the patches are all alike: look at SOLVER.BACKBONE_LR first.",
                 )
 
     def _whole_epoch(self, s: dict[str, float]) -> Iterator[Finding]:

@@ -183,6 +183,7 @@ def rules(findings):
         ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.02}, "importance_flat"),
         ("train", {"sdtps/kept_range/RGB": 0.5, "sdtps/kept_range/TI": 0.04}, None),
         ("train", {"loss": NAN, "acc": 0.1}, "non_finite"),
+        ("memory", {"gib": 2.0, "acc": 0.0}, None),
         ("eval", {"feature_norm/ori": 2.0, "feature_norm/sdtps": 18.0, "feature_norm/both": 18.1}, None),
         (
             "eval",
