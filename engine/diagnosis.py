@@ -2,7 +2,7 @@
 and the key to change.
 
 A rule is a few lines in one of `Diagnosis`'s four methods, each of which looks at one kind of record. The thresholds
-leave healthy runs silent: finetuned and random ViT-B/16 and ViT-Tiny on sample data, all shipped poolings.
+leave the shipped sample runs of a finetuned ViT silent; the reason beside each says what healthy runs show.
 """
 
 import logging
