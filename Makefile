@@ -51,7 +51,7 @@ venv-dev: ## the same, with what tests and lint need
 	$(call install,requirements.txt requirements-dev.txt)
 
 sample-data: venv
-	@[ -d datasets/sample/$(SAMPLE) ] || "$(PY)" -m data.synthetic --out datasets/sample --dataset $(SAMPLE) --preset mini
+	@[ -d datasets/sample/$(SAMPLE) ] || "$(PY)" -m data.synthetic --out datasets/sample --dataset $(SAMPLE) --preset mini --masks
 
 train: venv $(DATA) ## train CONFIG, by default SDTPS on sample data; goes on where it stopped
 	"$(PY)" train_net.py --config_file $(CONFIG) $(RESUME) $(OPTS)

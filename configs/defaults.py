@@ -91,6 +91,11 @@ KEYS: dict[str, dict[str, Key]] = {
             "how a patch is compared with a global: cosine, or a learned query-key product",
             choices=("cosine", "attention"),
         ),
+        "SDTPS_CHOICE": Key(
+            "best",
+            "which patches are kept: those of the highest scores, or any, as a control; Gumbel sampling needs best",
+            choices=("best", "random"),
+        ),
         "SDTPS_POOL": Key(
             "attention",
             "how the selected tokens become one feature; under mean the aggregation ratio does next to nothing",

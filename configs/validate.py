@@ -164,6 +164,12 @@ def _sdtps(cfg: CfgNode) -> Iterator[tuple[tuple[str, ...], str]]:
             ("MODEL.SDTPS_GLOBAL", "MODEL.GLOBAL_LOCAL"),
             "the reduced global is made by GLOBAL_LOCAL. Set MODEL.GLOBAL_LOCAL True, or MODEL.SDTPS_GLOBAL class.",
         )
+    if model.USE_SDTPS and model.SDTPS_USE_GUMBEL and model.SDTPS_CHOICE == "random":
+        yield (
+            ("MODEL.SDTPS_USE_GUMBEL", "MODEL.SDTPS_CHOICE"),
+            "Gumbel sampling draws by score, a random choice does not look at it. "
+            "Set MODEL.SDTPS_USE_GUMBEL False, or MODEL.SDTPS_CHOICE best.",
+        )
     if model.USE_SDTPS and 2 * model.SDTPS_WARMUP_EPOCHS > cfg.SOLVER.MAX_EPOCHS:
         yield (
             ("MODEL.SDTPS_WARMUP_EPOCHS", "SOLVER.MAX_EPOCHS"),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data import EvalLoader, ReidData
+from data.masks import person_patches
 from engine.device import autocast_dtype
 from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
@@ -79,8 +80,9 @@ def extract_features(
     training = model.training
     model.eval()
     names = (*model.branches, "both") if len(model.branches) > 1 else model.branches
+    person = None if model.sdtps is None else _person_patches(model, loader.paths, device)
     result = {
-        pattern: Extraction({name: [] for name in names}, SelectionMonitor() if model.sdtps is not None else None)
+        pattern: Extraction({name: [] for name in names}, SelectionMonitor(person) if model.sdtps is not None else None)
         for pattern in missing
     }
     first = 0
@@ -95,11 +97,18 @@ def extract_features(
                 for name in names:
                     extraction.features[name].append(output.features[name].float())
                 if extraction.monitor is not None and output.selection is not None:
-                    extraction.monitor.update(output.selection)
+                    extraction.monitor.update(output.selection, batch.index)
                     extraction.kept += [Kept.of(batch.images, output.selection, i) for i in inside]
         first += len(batch.pid)
     model.train(training)
     return result
+
+
+def _person_patches(model: ReIDModel, paths: Sequence[str], device: torch.device) -> Tensor | None:
+    """Which patches show the person (images, N), where masks lie beside the images."""
+    embed = model.backbone.vit.patch_embed
+    person = person_patches(paths, model.backbone.img_size, embed.patch_size, embed.proj.stride)
+    return None if person is None else person.to(device)
 
 
 @dataclass

@@ -39,25 +39,36 @@ def selection_statistics(selection: Selection) -> dict[str, Tensor]:
 
     - `predicted_spread`: standard deviation of the predictor's score inside an image; near 0 it tells patches apart
       no more, or is saturated;
+    - `predicted_mean`: its mean; a spread near 0 with a mean near 0 or 1 is saturation;
     - `kept_range`: best minus worst score among the kept patches; over tau it is how much importance can weigh.
     """
     result = {}
     for m in MODALITIES:
         kept = selection.scores[m].gather(-1, selection.kept[m])
         result[f"sdtps/predicted_spread/{m}"] = selection.predicted[m].std(-1, correction=0).mean()
+        result[f"sdtps/predicted_mean/{m}"] = selection.predicted[m].mean()
         result[f"sdtps/kept_range/{m}"] = (kept.amax(-1) - kept.amin(-1)).mean()
     return result
 
 
 class SelectionMonitor:
-    """Gathers over an evaluation: the statistics above, agreement of modalities, and where the kept patches lie."""
+    """Gathers over an evaluation: the statistics above, agreement of modalities, and where the kept patches lie.
 
-    def __init__(self):
+    Args:
+        person: (images, N) bool, which patches show the person, for all images of the evaluation, on the device of the
+            selections; None if that is not known.
+    """
+
+    def __init__(self, person: Tensor | None = None):
         self.images = 0
         self.sums: dict[str, Tensor] = {}
         self.cells: dict[str, Tensor] = {}
+        self.person = person
+        self.person_patches: Tensor | int = 0
+        self.person_kept: dict[str, Tensor] = {}
 
-    def update(self, selection: Selection) -> None:
+    def update(self, selection: Selection, index: Tensor | None = None) -> None:
+        """Adds a batch; index (B,) is the place of its images in `person`."""
         batch = len(selection.mask["RGB"])
         self.images += batch
         values = selection_statistics(selection)
@@ -69,13 +80,30 @@ class SelectionMonitor:
             self.sums[name] = self.sums.get(name, 0) + value * batch
         for m in MODALITIES:
             self.cells[m] = self.cells.get(m, 0) + selection.mask[m].sum(0)
+        if self.person is not None and index is not None:
+            person = self.person[index]
+            self.person_patches += person.sum()
+            for m in MODALITIES:
+                self.person_kept[m] = self.person_kept.get(m, 0) + (selection.mask[m] & person).sum()
 
     def read(self) -> dict[str, float]:
-        """Means over the images; `cell_spread` is the standard deviation of the share of images that keep a patch, over
-        the grid's cells: 0 if every place is kept alike, the higher the more the choice hangs on the place alone."""
+        """Means over the images, and over all their patches:
+
+        - `cell_spread`: standard deviation of the share of images that keep a patch, over the grid's cells: 0 if every
+          place is kept alike, the higher the more the choice hangs on the place alone;
+        - `person_recall`: share of the person's patches that were kept; `person_precision`: share of the kept patches
+          that are the person's. Their `chance` is what patches kept at random give.
+        """
         result = {name: float(value) / self.images for name, value in self.sums.items()}
         for m, count in self.cells.items():
             result[f"sdtps/cell_spread/{m}"] = float((count / self.images).std(correction=0))
+        for m, hits in self.person_kept.items():
+            kept, person = float(self.cells[m].sum()), float(self.person_patches)
+            patches = self.images * len(self.cells[m])
+            result[f"sdtps/person_recall/{m}"] = float(hits) / max(person, 1)
+            result[f"sdtps/person_precision/{m}"] = float(hits) / kept
+            result["sdtps/person_recall/chance"] = kept / patches
+            result["sdtps/person_precision/chance"] = person / patches
         return result
 
     def cell_share(self) -> dict[str, Tensor]:

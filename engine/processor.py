@@ -14,6 +14,7 @@ from data import Batch, ReidData
 from engine.background import CheckpointWriter
 from engine.checkpoint import Start, TrainState
 from engine.device import autocast_dtype, describe
+from engine.diagnosis import DiagnosingWriter, Diagnosis
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
 from engine.guard import FiniteGuard
 from engine.interrupt import StopRequest
@@ -81,7 +82,7 @@ def do_train(
         state.keep_copies(start, out)
     guard = FiniteGuard(model, optimizer, scaler)
     part_norms = PartNorms(guard.names, device)
-    writer = MetricsWriter(out, resume_step=state.global_step + 1 if start else None)
+    writer = DiagnosingWriter(out, Diagnosis(cfg, loss_fn), resume_step=state.global_step + 1 if start else None)
 
     def evaluate_now(epoch: int) -> dict:
         result = evaluate(cfg, ema.module if ema else model, data.val, pictures=PICTURES)

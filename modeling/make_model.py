@@ -287,4 +287,5 @@ def _make_sdtps(m: CfgNode, backbone: Backbone) -> SDTPS:
         similarity=m.SDTPS_SIMILARITY,
         use_gumbel=m.SDTPS_USE_GUMBEL,
         gumbel_tau=m.SDTPS_GUMBEL_TAU,
+        choice=m.SDTPS_CHOICE,
     )

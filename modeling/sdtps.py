@@ -102,6 +102,13 @@ def _(scores: Tensor) -> Tensor:
     return torch.empty_like(scores, dtype=torch.long, memory_format=torch.contiguous_format)
 
 
+def _fixed_noise(like: Tensor) -> Tensor:
+    """Uniform noise of a tensor's shape (M, B, N): always the same, whatever the device, and for a longer batch too."""
+    modalities, batch, patches = like.shape
+    noise = torch.rand(batch, modalities, patches, generator=torch.Generator().manual_seed(0))
+    return noise.transpose(0, 1).to(like)
+
+
 class TokenAggregator(nn.Module):
     """Mixes K kept tokens into A: W = softmax over K of (scale * MLP(LN(v)) + bias), output W^T v."""
 
@@ -136,6 +143,8 @@ class SDTPS(nn.Module):
         similarity: "cosine", or "attention": a learned query from each global, keys from the patches.
         use_gumbel: in training, sample the kept set by Gumbel top-k instead of taking the best.
         gumbel_tau: temperature of that sampling: noise is added to s / gumbel_tau.
+        choice: "best" keeps the K patches of the highest scores; "random" any K of each image and modality, the control
+            that tells what the choice is worth. Everything else stays: scores still weigh the kept.
 
     Raises:
         ValueError: an argument lies outside its range.
@@ -154,6 +163,7 @@ class SDTPS(nn.Module):
         similarity: str = "cosine",
         use_gumbel: bool = False,
         gumbel_tau: float = 1.0,
+        choice: str = "best",
     ):
         super().__init__()
         if not 0 <= beta <= 0.5:
@@ -164,10 +174,13 @@ class SDTPS(nn.Module):
             raise ValueError(f"score_grad is {score_grad!r}, expected 'all', 'predictor' or 'none'")
         if similarity not in ("cosine", "attention"):
             raise ValueError(f"similarity is {similarity!r}, expected 'cosine' or 'attention'")
+        if choice not in ("best", "random"):
+            raise ValueError(f"choice is {choice!r}, expected 'best' or 'random'")
         self.num_patches = num_patches
         self.num_kept, self.num_aggregated = token_counts(num_patches, sparse_ratio, aggr_ratio)
         self.beta, self.temperature, self.score_grad = beta, temperature, score_grad
         self.similarity, self.use_gumbel, self.gumbel_tau = similarity, use_gumbel, gumbel_tau
+        self.choice = choice
 
         hidden = max(1, embed_dim // 4)
         self.predictor = nn.ModuleDict(
@@ -221,9 +234,14 @@ class SDTPS(nn.Module):
         return (scores.detach() if self.score_grad == "none" else scores), predicted
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits the patches by score (M, B, N) -> indices of the kept (M, B, K) and the dropped (M, B, N - K)."""
+        """Splits the patches by score (M, B, N) -> indices of the kept (M, B, K) and the dropped (M, B, N - K).
+
+        A random choice hangs on nothing but the place in the batch in evaluation, so that it is the same in every run.
+        """
         ranked = scores.detach()
-        if self.use_gumbel and self.training:
+        if self.choice == "random":
+            ranked = torch.rand_like(ranked) if self.training else _fixed_noise(ranked)
+        elif self.use_gumbel and self.training:
             ranked = ranked / self.gumbel_tau - torch.empty_like(ranked).exponential_().log()
         order = best_first(ranked)
         return order[..., : self.num_kept], order[..., self.num_kept :]

@@ -33,6 +33,11 @@ ONLY = (*SDTPS, "MODEL.SDTPS_ONLY", "True")
         (("MODEL.ATM", "True"), ("MODEL.HDM", "MODEL.ATM"), "both True (DeMo), or both False"),
         (("MODEL.ID_LOSS_WEIGHT", "0", "MODEL.TRIPLET_LOSS_WEIGHT", "0"), ("MODEL.ID_LOSS_WEIGHT",), "above 0"),
         (("MODEL.SDTPS_ONLY", "True"), ("MODEL.SDTPS_ONLY", "MODEL.USE_SDTPS"), "USE_SDTPS True"),
+        (
+            (*SDTPS, "MODEL.SDTPS_CHOICE", "random", "MODEL.SDTPS_USE_GUMBEL", "True"),
+            ("MODEL.SDTPS_USE_GUMBEL", "MODEL.SDTPS_CHOICE"),
+            "SDTPS_CHOICE best",
+        ),
         ((*ONLY, "MODEL.HDM", "yes", "MODEL.ATM", "yes"), ("MODEL.SDTPS_ONLY", "MODEL.HDM"), "False"),
         ((*ONLY, "MODEL.SDTPS_WARMUP_EPOCHS", "3"), ("MODEL.SDTPS_WARMUP_EPOCHS",), "SDTPS_WARMUP_EPOCHS 0"),
         ((*ONLY, "MODEL.SDTPS_LOSS_WEIGHT", "0"), ("MODEL.SDTPS_LOSS_WEIGHT",), "above 0"),

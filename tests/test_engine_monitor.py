@@ -26,6 +26,7 @@ def test_selection_statistics():
     assert float(values["sdtps/kept_range/NI"]) == pytest.approx(0.6)
     assert float(values["sdtps/kept_range/TI"]) == pytest.approx(0.2)
     assert float(values["sdtps/predicted_spread/RGB"]) == pytest.approx(0.2958, abs=1e-4)
+    assert float(values["sdtps/predicted_mean/TI"]) == pytest.approx(0.45)
 
 
 def test_selection_monitor_over_batches():
@@ -100,3 +101,17 @@ def test_probe_is_silent_where_the_branch_does_not_train(probe_inputs):
     assert score_gradient_probe(model, batch, loss_fn, epoch=2) != {}
     model, batch, loss_fn = probe_inputs("MODEL.FROZEN", "True")
     assert score_gradient_probe(model, batch, loss_fn, epoch=1) == {}
+
+
+def test_person_recall_and_precision_by_hand():
+    person = torch.tensor([[True, True, True, False], [False] * 4, [True, False, True, False]])
+    monitor = SelectionMonitor(person)
+    monitor.update(selection_of([[0, 1], [0, 3], [2, 3]]), torch.tensor([0]))
+    monitor.update(selection_of([[0, 1], [1, 2], [3, 2]]), torch.tensor([2]))
+    values = monitor.read()
+    recall = {m: values[f"sdtps/person_recall/{m}"] for m in MODALITIES}
+    precision = {m: values[f"sdtps/person_precision/{m}"] for m in MODALITIES}
+    assert recall == {"RGB": 3 / 5, "NI": 2 / 5, "TI": 2 / 5}  # of 3 + 2 person patches
+    assert precision == {"RGB": 3 / 4, "NI": 2 / 4, "TI": 2 / 4}  # of 2 + 2 kept ones
+    assert values["sdtps/person_recall/chance"] == 4 / 8 and values["sdtps/person_precision/chance"] == 5 / 8
+    assert not any("person" in name for name in SelectionMonitor().read())

@@ -170,6 +170,39 @@ def test_gumbel_frequencies_are_those_of_the_softmax():
     torch.testing.assert_close(frequency, (scores[0, 0] / 0.5).softmax(-1), atol=0.015, rtol=0)
 
 
+def test_random_choice_keeps_any_patches_alike_and_changes_nothing_else():
+    size = SIZES["toy"]
+    sdtps = make(size, choice="random")
+    tokens, globals_ = inputs(size, batch=3)
+    drawn = [sdtps(tokens, globals_) for _ in range(300)]
+    kept = torch.stack([torch.stack([s.mask[m] for m in MODALITIES]) for s in drawn]).float()
+    assert (kept.sum(-1) == sdtps.num_kept).all()
+    torch.testing.assert_close(kept.mean(0), torch.full((3, 3, 12), 0.5), atol=0.15, rtol=0)  # 5 standard deviations
+    assert (kept[:, 0] != kept[:, 1]).any() and (kept[:, :, 0] != kept[:, :, 1]).any()
+    plain, selection = make(size), drawn[0]
+    expected = plain(tokens, globals_)
+    v, scores = (torch.stack([x[m] for m in MODALITIES]) for x in (tokens, expected.scores))
+    choice = torch.stack([selection.kept[m] for m in MODALITIES])
+    left = (~torch.stack([selection.mask[m] for m in MODALITIES])).nonzero()[:, 2].view(3, 3, 6)
+    for i, m in enumerate(MODALITIES):
+        assert torch.equal(selection.scores[m], expected.scores[m])
+        torch.testing.assert_close(selection.tokens[m], plain.aggregate(v, scores, choice, left)[i])
+
+
+def test_random_choice_is_fixed_in_evaluation():
+    """By the place in the batch: neither weights, nor the global random state, nor what stands behind it matters."""
+    size = SIZES["toy"]
+    one = make(size, choice="random").eval()(*inputs(size, batch=5))
+    other = make(size, seed=3, choice="random").eval()
+    state = torch.get_rng_state()
+    again = other(*inputs(size, batch=3, seed=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    for m in MODALITIES:
+        assert torch.equal(one.kept[m][:3], again.kept[m])
+    rows = torch.cat([one.mask[m] for m in MODALITIES])
+    assert len(rows.unique(dim=0)) == len(rows)  # another choice for each image and modality
+
+
 def test_absent_modality_gives_no_score_and_zeros():
     size = SIZES["toy"]
     sdtps = make(size)

@@ -1,6 +1,6 @@
 import torch
 
-from utils.pictures import DARKENED, GAP, draw_selection, draw_share, stack_samples
+from utils.pictures import DARKENED, GAP, OUTLINE, draw_selection, draw_share, stack_samples
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.5, 0.25, 0.2]
 
@@ -28,12 +28,15 @@ def test_panels_by_hand():
     assert (picture[:, 32 : 32 + GAP] == 255).all() and (picture[:, :, 16 : 16 + GAP] == 255).all()
     for row in range(3):
         torch.testing.assert_close(panel(picture, row, 0, 32, 16), pixels[row], rtol=0, atol=1 / 255)
-    kept = torch.full((32, 16), DARKENED)
-    kept[:8, :8] = 1  # patch 0: top left
-    torch.testing.assert_close(panel(picture, 0, 1, 32, 16), pixels[0] * kept, rtol=0, atol=1 / 255)
-    kept = torch.full((32, 16), DARKENED)
-    kept[8:16, 8:] = 1  # patch 3: second row, right
-    torch.testing.assert_close(panel(picture, 1, 1, 32, 16), pixels[1] * kept, rtol=0, atol=1 / 255)
+    outline = torch.tensor(OUTLINE)[:, None, None]
+    expected = pixels[0] * DARKENED
+    expected[:, :8, :8] = outline  # patch 0: top left, the image's border is no edge
+    expected[:, :7, :7] = pixels[0, :, :7, :7]
+    torch.testing.assert_close(panel(picture, 0, 1, 32, 16), expected, rtol=0, atol=1 / 255)
+    expected = pixels[1] * DARKENED
+    expected[:, 8:16, 8:] = outline  # patch 3: second row, right
+    expected[:, 9:15, 9:] = pixels[1, :, 9:15, 9:]
+    torch.testing.assert_close(panel(picture, 1, 1, 32, 16), expected, rtol=0, atol=1 / 255)
     torch.testing.assert_close(panel(picture, 2, 1, 32, 16), pixels[2], rtol=0, atol=1 / 255)
 
 

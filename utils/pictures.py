@@ -9,6 +9,7 @@ from torch import Tensor
 
 GAP = 2  # white pixels between panels
 DARKENED = 0.2  # brightness that a dropped patch keeps
+OUTLINE = (1.0, 0.9, 0.2)  # where kept and dropped patches meet: dark clothes are not dropped ones
 HEAT = ((0.0, 0.0, 0.2), (0.3, 0.0, 0.6), (0.85, 0.15, 0.4), (1.0, 0.6, 0.1), (1.0, 1.0, 0.7))  # low to high score
 
 
@@ -21,7 +22,7 @@ def draw_selection(
     mean: tuple[float, float, float] | list[float],
     std: tuple[float, float, float] | list[float],
 ) -> Tensor:
-    """One sample: a row for each modality, with the image, its kept patches (the others darkened) and its scores.
+    """One sample: a row a modality, with the image, its kept patches (outlined, the others darkened) and its scores.
 
     Scores are coloured from dark blue (lowest of that modality) to light yellow (highest). The patch grid is stretched
     over the image, which is exact where patches tile it and close where they overlap.
@@ -40,7 +41,7 @@ def draw_selection(
     pixels = (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
 
     kept = F.interpolate(mask.cpu().float().view(modalities, 1, *grid), size=size)  # nearest: patches stay square
-    chosen = pixels * (DARKENED + (1 - DARKENED) * kept)
+    chosen = torch.where(_inner_edge(kept), _per_channel(OUTLINE), pixels * (DARKENED + (1 - DARKENED) * kept))
 
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     heat = _colours((scores - low) / (high - low).clamp_min(1e-6)).view(modalities, *grid, 3).permute(0, 3, 1, 2)
@@ -71,6 +72,11 @@ def draw_share(share: Tensor, grid: tuple[int, int], cell: int = 12) -> Tensor:
 def stack_samples(pictures: list[Tensor]) -> Tensor:
     """Put pictures (3, H, W) of one size side by side, with a wider gap between them."""
     return _join(pictures, dim=2, gap=4 * GAP, white=255)
+
+
+def _inner_edge(kept: Tensor) -> Tensor:
+    """Where kept pixels (M, 1, H, W), ones among zeros, touch dropped ones: bool of that shape."""
+    return (kept > 0) & (-F.max_pool2d(-kept, kernel_size=3, stride=1, padding=1) < 1)
 
 
 def _per_channel(values: tuple[float, float, float] | list[float]) -> Tensor:
