@@ -1,0 +1,132 @@
+"""Pictures of a study: curves with bands, a dot for every seed, paired differences."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from tools.ablate.results import BRANCHES, Findings, Result
+from tools.ablate.statistics import Summary, paired_differences, summarise
+
+BASE_COLOUR, COLOUR, SEED_COLOUR = "0.45", "C0", "C1"
+COLUMNS = 5
+
+
+def draw(findings: Findings, folder: Path) -> list[Path]:
+    """Writes the pictures; returns their paths."""
+    paths = [folder / "dots.png"]
+    _draw_dots(findings, paths[0])
+    if findings.pairs:
+        paths.append(folder / "differences.png")
+        _draw_differences(findings, paths[-1])
+    for name, title in (("mAP", "mAP on unseen identities, %"), ("loss", "training loss")):
+        paths.append(folder / f"curves_{name}.png")
+        _draw_curves(findings, name, title, paths[-1])
+    return paths
+
+
+def band(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, Summary]]:
+    """Epoch -> what the curves say there, at the epochs that all of them have."""
+    points = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(curve) for curve in points)))
+    return [(epoch, summarise([curve[epoch] for curve in points])) for epoch in shared]
+
+
+def _draw_dots(findings: Findings, path: Path) -> None:
+    """A panel for each branch, a line for each variant: every seed, the mean, its interval."""
+    names = findings.variants()
+    shown = [b for b in BRANCHES if any(b in findings.of(name)[0].branches for name in names)]
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(1.8 + 3 * len(shown), _height(len(names))), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, branch in zip(axes[0], shown, strict=True):
+        for y, name in enumerate(names):
+            if branch in findings.of(name)[0].branches:
+                _draw_line(axis, y, list(findings.values(name, branch, "mAP").values()))
+        _finish(axis, f"{branch}: mAP of the last epoch, %", names)
+    _save(figure, path)
+
+
+def _draw_differences(findings: Findings, path: Path) -> None:
+    """A line for each pair: every seed's difference, the mean, its interval, and where zero is."""
+    figure, axis = plt.subplots(figsize=(8.5, _height(len(findings.pairs))), layout="constrained")
+    for y, pair in enumerate(findings.pairs):
+        ours = findings.values(pair.variant, pair.branch, "mAP")
+        theirs = findings.values(pair.reference, pair.reference_branch, "mAP")
+        if differences := list(paired_differences(ours, theirs).values()):
+            _draw_line(axis, y, differences)
+    axis.axvline(0, color="black", linewidth=0.8)
+    labels = [f"{p.variant} {p.branch}  −  {p.reference} {p.reference_branch}" for p in findings.pairs]
+    _finish(axis, "difference in mAP of the last epoch, paired by seed", labels)
+    _save(figure, path)
+
+
+def _draw_curves(findings: Findings, name: str, title: str, path: Path) -> None:
+    """A panel for each variant, with the base in grey behind it: the mean over the seeds, the interval, each seed."""
+    base = findings.study.base
+    names = [n for n in findings.variants() if n != base] or [base]
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.7 * rows), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, variant in zip(axes.flat, names, strict=False):
+        for shown, colour in ((base, BASE_COLOUR), (variant, COLOUR)):
+            results = findings.of(shown)
+            if not results or (shown == base and variant == base and colour == BASE_COLOUR):
+                continue
+            curves = [_curve(result, name) for result in results]
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=colour, linewidth=0.6, alpha=0.5)
+            points = band(curves)
+            epochs = [epoch for epoch, _ in points]
+            of = f" {results[0].whole}" if name == "mAP" else ""
+            axis.plot(epochs, [s.mean for _, s in points], color=colour, label=f"{shown}{of}")
+            if points and points[0][1].std is not None:
+                lows, highs = [s.low for _, s in points], [s.high for _, s in points]
+                axis.fill_between(epochs, lows, highs, color=colour, alpha=0.2, linewidth=0)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    drawn = [y for n in findings.variants() for result in findings.of(n) for _, y in _curve(result, name)]
+    margin = 0.05 * (max(drawn) - min(drawn)) or 1.0
+    axes[0, 0].set_ylim(min(drawn) - margin, max(drawn) + margin)  # the interval of two seeds may be huge
+    figure.suptitle(f"{title}, by epoch (line: mean over the seeds, band: 95 % interval)", fontsize=10)
+    _save(figure, path)
+
+
+def _curve(result: Result, name: str) -> list[tuple[float, float]]:
+    return result.curves[f"{result.whole}/mAP" if name == "mAP" else name]
+
+
+def _draw_line(axis: Axes, y: float, values: list[float]) -> None:
+    summary = summarise(values)
+    if summary.std is not None:
+        axis.plot([summary.low, summary.high], [y, y], color=COLOUR, linewidth=2, solid_capstyle="butt")
+    axis.plot(values, [y] * len(values), "o", color=SEED_COLOUR, markersize=4, alpha=0.7)
+    axis.plot(summary.mean, y, "|", color=COLOUR, markersize=14, markeredgewidth=2.5)
+
+
+def _finish(axis: Axes, title: str, labels: list[str]) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _height(lines: int) -> float:
+    return 1.2 + 0.3 * lines
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
