@@ -2,13 +2,12 @@
 
 import csv
 import json
-import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,23 @@ import yaml
 from conftest import write_rgbnt201
 
 from configs import load_cfg
-from tools.ablate.__main__ import main, parse_args
+from tools.ablate import report, runner
+from tools.ablate.__main__ import main, parse_args, study_of
 from tools.ablate.provenance import conflicts, data_digest, stamp
 from tools.ablate.results import collect, costs
 from tools.ablate.study import make_study, read_study
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+DRAW = report.draw
 STUB = ["python", str(ROOT / "tests" / "stub_train.py")]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """No pictures but where they are looked at, and no waiting between two looks at a process."""
+    monkeypatch.setattr(report, "draw", lambda findings, folder: [])
+    monkeypatch.setattr(runner, "POLL", 0.02)
 
 
 @pytest.fixture
@@ -74,11 +82,12 @@ def test_runs_once_and_reports(study_file, tmp_path):
     assert len(calls(tmp_path, "full/seed_3")) == 1 and not calls(tmp_path, "none/seed_3")
 
 
-def test_figures_of_the_report(study_file, tmp_path):
+def test_figures_of_the_report(study_file, tmp_path, monkeypatch):
     """ori 61 and 62 without SDTPS; with it 63 and 64, both 68 and 69: each difference is the same by either seed."""
+    monkeypatch.setattr(report, "draw", DRAW)
     ablate(study_file(compare=[["full/both", "full/ori"]]))
-    report = tmp_path / "study" / "report"
-    findings = json.loads((report / "report.json").read_text())
+    folder = tmp_path / "study" / "report"
+    findings = json.loads((folder / "report.json").read_text())
     of = {(row["variant"], row["branch"], row["when"], row["metric"]): row for row in findings["summary"]}
     row = of["none", "ori", "last", "mAP"]
     half = 12.706204736 * 0.5**0.5 / 2**0.5
@@ -98,7 +107,7 @@ def test_figures_of_the_report(study_file, tmp_path):
         ("full", "both", "full", "ori"): 5,
     }
     assert all(row["seeds"] == [1, 2] for row in findings["differences"])
-    rows = list(csv.DictReader((report / "runs.csv").open()))
+    rows = list(csv.DictReader((folder / "runs.csv").open()))
     assert len(rows) == 2 * 1 + 2 * 3  # a row for each run and branch
     both = next(row for row in rows if (row["variant"], row["seed"], row["branch"]) == ("full", "2", "both"))
     assert (float(both["last_mAP"]), float(both["best_R1"]), both["last_epoch"], both["best_epoch"]) == (
@@ -111,11 +120,11 @@ def test_figures_of_the_report(study_file, tmp_path):
     assert float(both["train_seconds"]) == pytest.approx(0.24 + 0.12)
     assert float(both["samples_per_second"]) == pytest.approx(48 / 0.36)
     assert float(both["peak_memory_gib"]) == 4
-    text = (report / "report.md").read_text()
+    text = (folder / "report.md").read_text()
     assert "| full `both` | none `ori` | 2 | **+7.00 ± 0.00 [+7.00, +7.00]** |" in text
     assert "| none | `ori` | 2 | 61.50 ± 0.71 [55.15, 67.85] |" in text
     for name in ("dots", "differences", "curves_mAP", "curves_loss"):
-        assert (report / f"{name}.png").stat().st_size > 8_000 and f"({name}.png)" in text
+        assert (folder / f"{name}.png").stat().st_size > 8_000 and f"({name}.png)" in text
 
 
 def test_hparams_show_the_same_runs(study_file, tmp_path):
@@ -208,10 +217,22 @@ def test_prepare_makes_what_is_missing_once(study_file, tmp_path):
 # Distinct variants cannot print one another's results
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Where the first test that needs a finished study leaves a copy of it."""
+    return tmp_path_factory.mktemp("stored") / "study"
+
+
 @pytest.fixture
-def finished(study_file, tmp_path):
-    ablate(study_file())
-    return study_file(), tmp_path / "study"
+def finished(study_file, tmp_path, stored):
+    """A finished study: its file and its folder."""
+    path, out = study_file(), tmp_path / "study"
+    if stored.exists():
+        shutil.copytree(stored, out)
+    else:
+        ablate(path)
+        shutil.copytree(out, stored)
+    return path, out
 
 
 def swap(a, b):
@@ -335,14 +356,12 @@ def test_other_code_is_refused(finished, study_file):
             ablate(path, *words)
     assert not (out / "full" / "seed_3" / "calls.jsonl").exists()
     ablate(path, "--seeds", "3", "--allow-mixed")
-    report = (out / "report" / "report.md").read_text()
-    assert "> **MIXED RESULTS, THE DIFFERENCES BELOW MAY COME FROM THIS: code: modeling/sdtps.py differ" in report
+    text = (out / "report" / "report.md").read_text()
+    assert "> **MIXED RESULTS, THE DIFFERENCES BELOW MAY COME FROM THIS: code: modeling/sdtps.py differ" in text
 
 
 def test_code_that_changes_while_a_study_runs(study_file, tmp_path, monkeypatch):
     """The third run would be of other code: it is not started."""
-    from tools.ablate import runner
-
     stamps = []
 
     def changing(cfg):
@@ -350,7 +369,7 @@ def test_code_that_changes_while_a_study_runs(study_file, tmp_path, monkeypatch)
         return stamps[-1] | {"sources": {"train_net.py": "old" if len(stamps) < 3 else "new"}}
 
     monkeypatch.setattr(runner, "stamp", changing)
-    with pytest.raises(UserError, match=r"other code or data(.*\n)*.*train_net.py differ"):
+    with pytest.raises(UserError, match=r"different code or data(.*\n)*.*train_net.py differ"):
         ablate(study_file())
     assert [len(calls(tmp_path, f"{v}/seed_{s}")) for s in (1, 2) for v in ("none", "full")] == [1, 1, 0, 0]
 
@@ -419,8 +438,6 @@ def test_a_study_builds_on_another(study_file, tmp_path):
 
 
 def test_a_study_on_the_command_line(tiny_yaml, tmp_path):
-    from tools.ablate.__main__ import study_of
-
     words = ["--config_file", str(tiny_yaml), "--out", str(tmp_path / "x"), "--seeds", "1", "2", "--options"]
     words += ["MODEL.HEAD", "8", "--variant", "low", "--variant", "high", "MODEL.SDTPS_BETA", "0.4"]
     study = study_of(parse_args(words))
@@ -450,20 +467,18 @@ def test_costs_of_a_run_that_repeated_steps():
     assert costs({}, 20) == {"train_seconds": None, "samples_per_second": None, "peak_memory_gib": None}
 
 
-def test_with_the_real_training(tiny_yaml, tmp_path):
+def test_with_the_real_training(tiny_yaml, tmp_path, monkeypatch):
     """One epoch of train_net.py: the tool reads what the product writes."""
-    fields = {"config": str(tiny_yaml), "out": str(tmp_path / "real"), "seeds": [3], "variants": {"full": {}}}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
     options = {"SOLVER.MAX_EPOCHS": 1, "SOLVER.WARMUP_ITERS": 0}
+    fields = {"config": str(tiny_yaml), "out": str(tmp_path / "real"), "seeds": [3], "variants": {"full": {}}}
     path = tmp_path / "real.yml"
     path.write_text(yaml.safe_dump(fields | {"options": options}))
-    command = [sys.executable, "-m", "tools.ablate", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    findings = collect(make_study(fields | {"options": options}))
-    (result,) = findings.results
+    ablate(path)
+    study = make_study(fields | {"options": options})
+    (result,) = collect(study).results
     assert result.branches == ["ori", "sdtps", "both"] and result.run.seed == 3
     assert result.cost["samples_per_second"] > 0 and result.provenance["starts"][0]["device"].startswith("cpu")
     with pytest.raises(UserError, match="no run of this study is finished"):
-        collect(make_study(fields | {"options": options, "out": str(tmp_path / "nothing")}))
-    logging.getLogger("tools").setLevel(logging.NOTSET)
+        collect(replace(study, out=tmp_path / "nothing"))

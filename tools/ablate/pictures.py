@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from tools.ablate.results import BRANCHES, Findings, Result
 from tools.ablate.statistics import Summary, paired_differences, summarise
@@ -37,8 +38,9 @@ def band(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, S
 
 
 def _draw_dots(findings: Findings, path: Path) -> None:
-    """A panel for each branch, a line for each variant: every seed, the mean, its interval."""
-    names = findings.variants()
+    """A panel for each branch, a line for each variant: every seed, the mean, its interval; dashed: the base."""
+    names, base = findings.variants(), findings.study.base
+    whole = findings.of(base)[0].whole if base in names else ""
     shown = [b for b in BRANCHES if any(b in findings.of(name)[0].branches for name in names)]
     figure, axes = plt.subplots(
         1, len(shown), figsize=(1.8 + 3 * len(shown), _height(len(names))), sharey=True, squeeze=False,
@@ -48,6 +50,9 @@ def _draw_dots(findings: Findings, path: Path) -> None:
         for y, name in enumerate(names):
             if branch in findings.of(name)[0].branches:
                 _draw_line(axis, y, list(findings.values(name, branch, "mAP").values()))
+        if base in names:
+            level = summarise(list(findings.values(base, whole, "mAP").values())).mean
+            axis.axvline(level, color=BASE_COLOUR, linewidth=0.8, linestyle="--")
         _finish(axis, f"{branch}: mAP of the last epoch, %", names)
     _save(figure, path)
 
@@ -67,13 +72,14 @@ def _draw_differences(findings: Findings, path: Path) -> None:
 
 
 def _draw_curves(findings: Findings, name: str, title: str, path: Path) -> None:
-    """A panel for each variant, with the base in grey behind it: the mean over the seeds, the interval, each seed."""
+    """A panel for each variant, the base in grey behind it: thick the mean over the seeds, thin each of them."""
     base = findings.study.base
     names = [n for n in findings.variants() if n != base] or [base]
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
+    width, height = (5.5, 3.8) if columns == 1 else (3.4, 2.7)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.7 * rows), sharex=True, sharey=True, squeeze=False,
+        rows, columns, figsize=(width * columns, height * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis in axes.flat[len(names) :]:
@@ -90,16 +96,17 @@ def _draw_curves(findings: Findings, name: str, title: str, path: Path) -> None:
             epochs = [epoch for epoch, _ in points]
             of = f" {results[0].whole}" if name == "mAP" else ""
             axis.plot(epochs, [s.mean for _, s in points], color=colour, label=f"{shown}{of}")
-            if points and points[0][1].std is not None:
-                lows, highs = [s.low for _, s in points], [s.high for _, s in points]
-                axis.fill_between(epochs, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            bounds = [s.interval for _, s in points if s.interval]
+            if bounds:
+                axis.fill_between(epochs, *zip(*bounds, strict=True), color=colour, alpha=0.2, linewidth=0)
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     drawn = [y for n in findings.variants() for result in findings.of(n) for _, y in _curve(result, name)]
     margin = 0.05 * (max(drawn) - min(drawn)) or 1.0
     axes[0, 0].set_ylim(min(drawn) - margin, max(drawn) + margin)  # the interval of two seeds may be huge
-    figure.suptitle(f"{title}, by epoch (line: mean over the seeds, band: 95 % interval)", fontsize=10)
+    figure.suptitle(f"{title}, by epoch; band: 95 % interval of the mean", fontsize=9)
     _save(figure, path)
 
 
@@ -109,8 +116,8 @@ def _curve(result: Result, name: str) -> list[tuple[float, float]]:
 
 def _draw_line(axis: Axes, y: float, values: list[float]) -> None:
     summary = summarise(values)
-    if summary.std is not None:
-        axis.plot([summary.low, summary.high], [y, y], color=COLOUR, linewidth=2, solid_capstyle="butt")
+    if summary.interval:
+        axis.plot(summary.interval, [y, y], color=COLOUR, linewidth=2, solid_capstyle="butt")
     axis.plot(values, [y] * len(values), "o", color=SEED_COLOUR, markersize=4, alpha=0.7)
     axis.plot(summary.mean, y, "|", color=COLOUR, markersize=14, markeredgewidth=2.5)
 

@@ -70,7 +70,7 @@ def to_markdown(findings: Findings, pictures: list[str]) -> str:
     study, seeds = findings.study, sorted({result.run.seed for result in findings.results})
     parts = [
         f"# {study.out.name}",
-        f"Base config `{study.config}`, options `{study.options}`, seeds {', '.join(map(str, seeds))}. "
+        f"Base config `{study.config}`, options `{_told(study.options)}`, seeds {', '.join(map(str, seeds))}. "
         "mAP and Rank-1 in %: mean ± sample standard deviation [95 % interval of the mean, Student's t]. Differences "
         "are paired by seed, over the seeds that both sides have.",
         *[f"> **{note}**" for note in findings.notes],
@@ -88,7 +88,7 @@ def to_markdown(findings: Findings, pictures: list[str]) -> str:
         "## Runs",
         _table([_shown(row) for result in findings.results for row in _rows(result)]),
         "## Variants",
-        _table([{"variant": name, "options": f"`{options}`"} for name, options in study.variants.items()]),
+        _table([{"variant": name, "options": f"`{_told(options)}`"} for name, options in study.variants.items()]),
         "## Made with",
         _made_with(findings),
     ]
@@ -172,7 +172,8 @@ def _table_of_differences(findings: Findings, when: str) -> str:
         }
         for metric in METRICS:
             _, summary = findings.difference(pair, metric, when)
-            clear = summary is not None and summary.low is not None and not summary.low <= 0 <= summary.high
+            interval = summary.interval if summary else None
+            clear = interval is not None and not interval[0] <= 0 <= interval[1]
             row[metric] = f"**{_mean(summary, '+')}**" if clear else _mean(summary, "+")
         rows.append(row)
     return _table(rows) + "\n\nBold: the interval leaves out zero."
@@ -211,12 +212,17 @@ def _made_with(findings: Findings) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def _told(options: dict[str, Any]) -> str:
+    return " ".join(f"{key} {value}" for key, value in options.items()) or "–"
+
+
 def _mean(summary: Summary | None, sign: str = "") -> str:
     if summary is None:
         return "–"
-    if summary.std is None:
+    if summary.interval is None:
         return f"{summary.mean:{sign}.2f}"
-    return f"{summary.mean:{sign}.2f} ± {summary.std:.2f} [{summary.low:{sign}.2f}, {summary.high:{sign}.2f}]"
+    low, high = summary.interval
+    return f"{summary.mean:{sign}.2f} ± {summary.std:.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def _mean_of(values: dict[int, float], digits: int) -> str:

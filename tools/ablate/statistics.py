@@ -18,6 +18,10 @@ class Summary:
     low: float | None
     high: float | None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 def summarise(values: Sequence[float], level: float = LEVEL) -> Summary:
     """Mean, sample standard deviation and confidence interval of the mean: mean ± t · std / √n.
