@@ -58,15 +58,20 @@ def _draw_dots(findings: Findings, path: Path) -> None:
 
 
 def _draw_differences(findings: Findings, path: Path) -> None:
-    """A line for each pair: every seed's difference, the mean, its interval, and where zero is."""
-    figure, axis = plt.subplots(figsize=(8.5, _height(len(findings.pairs))), layout="constrained")
-    for y, pair in enumerate(findings.pairs):
+    """A line for each pair of a variant as a whole, and of a branch that the study asks for by name: every seed's
+    difference, the mean, its interval, and where zero is."""
+    named = {ours for ours, _ in findings.study.compare}
+    pairs = [
+        p for p in findings.pairs if p.branch == findings.of(p.variant)[0].whole or f"{p.variant}/{p.branch}" in named
+    ]
+    figure, axis = plt.subplots(figsize=(8.5, _height(len(pairs))), layout="constrained")
+    for y, pair in enumerate(pairs):
         ours = findings.values(pair.variant, pair.branch, "mAP")
         theirs = findings.values(pair.reference, pair.reference_branch, "mAP")
         if differences := list(paired_differences(ours, theirs).values()):
             _draw_line(axis, y, differences)
     axis.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{p.variant} {p.branch}  −  {p.reference} {p.reference_branch}" for p in findings.pairs]
+    labels = [f"{p.variant} {p.branch}  −  {p.reference} {p.reference_branch}" for p in pairs]
     _finish(axis, "difference in mAP of the last epoch, paired by seed", labels)
     _save(figure, path)
 
@@ -84,7 +89,8 @@ def _draw_curves(findings: Findings, name: str, title: str, path: Path) -> None:
     )  # fmt: skip
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    for axis, variant in zip(axes.flat, names, strict=False):
+    for number, (axis, variant) in enumerate(zip(axes.flat, names, strict=False)):
+        axis.tick_params(labelbottom=number + columns >= len(names))
         for shown, colour in ((base, BASE_COLOUR), (variant, COLOUR)):
             results = findings.of(shown)
             if not results or (shown == base and variant == base and colour == BASE_COLOUR):

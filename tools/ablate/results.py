@@ -189,6 +189,8 @@ def _notes(study: Study, results: Sequence[Result], stamps: Sequence[tuple[str, 
         notes.append(f"{len(missing)} runs are not finished: {', '.join(missing)}.")
     if dirty := sorted({name for name, start in stamps if start["dirty"]}):
         notes.append(f"Not of a clean commit: the working tree had changes in {len(dirty)} runs.")
+    if unknown := sorted({name for name, start in stamps if start["commit"] == "unknown"}):
+        notes.append(f"The commit of {len(unknown)} runs is not known: they were made outside of a git clone.")
     for what in ("torch", "device"):
         if len(found := sorted({str(start[what]) for _, start in stamps})) > 1:
             notes.append(
