@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.modalities import MODALITIES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/*.yml"))
+SHIPPED = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("*/*.yml") if p.parent.name != "studies")
 SHALLOW = ("MODEL.DEPTH", "1", "MODEL.DEVICE", "cpu")
 
 
