@@ -36,10 +36,10 @@ class ReIDOutput:
 
 @dataclass
 class Encoded:
-    """The backbone's view of a batch, each field per modality: patches (B, N, C) and class tokens (B, C)."""
+    """The backbone's view of a batch, modality first: patches (M, B, N, C) and class tokens (M, B, C)."""
 
-    patches: dict[str, Tensor]
-    class_tokens: dict[str, Tensor]
+    patches: Tensor
+    class_tokens: Tensor
     present: Tensor | None = None
 
 
@@ -147,11 +147,8 @@ class ReIDModel(nn.Module):
             x = torch.where(present.T[:, :, None, None, None], x, 0.0)
         cameras = None if camid is None else camid.repeat(len(MODALITIES))
         patches, class_tokens = self.backbone(x.flatten(0, 1), cameras)
-
-        def split(tokens: Tensor) -> dict[str, Tensor]:
-            return dict(zip(MODALITIES, tokens.chunk(len(MODALITIES)), strict=True))
-
-        return Encoded(split(patches), split(class_tokens), present)
+        modality_first = (len(MODALITIES), -1)
+        return Encoded(patches.unflatten(0, modality_first), class_tokens.unflatten(0, modality_first), present)
 
     def leave_out(self, encoded: Encoded, present: Tensor, camid: Tensor | None = None) -> Encoded:
         """What `encode` would give with `present`, from the encoding of all modalities.
@@ -163,21 +160,19 @@ class ReIDModel(nn.Module):
             present: (B, M) bool.
             camid: (B,) as given to `encode`.
         """
-        like = encoded.patches["RGB"]
-        cameras, row = (None, torch.zeros(len(like), dtype=torch.long, device=like.device))
+        like = encoded.patches
+        cameras, row = (None, torch.zeros(like.shape[1], dtype=torch.long, device=like.device))
         if camid is not None and self.backbone.cam_embed is not None:
             cameras, row = camid.unique(return_inverse=True)
         blank = like.new_zeros(1 if cameras is None else len(cameras), 3, *self.backbone.img_size)
         patches, class_tokens = self.backbone(blank, cameras)
 
-        def blend(tokens: dict[str, Tensor], blank_tokens: Tensor) -> dict[str, Tensor]:
-            shape = (-1,) + (1,) * (blank_tokens.dim() - 1)
-            return {
-                m: torch.where(present[:, i].view(shape), tokens[m], blank_tokens[row])
-                for i, m in enumerate(MODALITIES)
-            }
-
-        return Encoded(blend(encoded.patches, patches), blend(encoded.class_tokens, class_tokens), present)
+        there = present.T.unsqueeze(-1)  # (M, B, 1)
+        return Encoded(
+            torch.where(there.unsqueeze(-1), encoded.patches, patches[row]),
+            torch.where(there, encoded.class_tokens, class_tokens[row]),
+            present,
+        )
 
     @region
     def decode(self, encoded: Encoded) -> ReIDOutput:
@@ -185,19 +180,20 @@ class ReIDModel(nn.Module):
         patches, class_tokens = encoded.patches, encoded.class_tokens
         globals_ = class_tokens
         if self.reduce is not None:
-            globals_ = {m: self.reduce[m](class_tokens[m], patches[m]) for m in MODALITIES}
+            globals_ = torch.stack([self.reduce[m](class_tokens[i], patches[i]) for i, m in enumerate(MODALITIES)])
+        by_modality = dict(zip(MODALITIES, globals_.unbind(0), strict=True))
 
         features, selection = {}, None
         if "ori" in self.branches:
-            features["ori"] = torch.cat([globals_[m] for m in MODALITIES], dim=-1)
+            features["ori"] = globals_.transpose(0, 1).flatten(1)
         if self.fusion is not None:
-            features["moe"] = self.fusion(patches, globals_)
+            features["moe"] = self.fusion(dict(zip(MODALITIES, patches.unbind(0), strict=True)), by_modality)
         if self.sdtps is not None:
             anchors = globals_ if self.sdtps_global == "reduced" else class_tokens
-            selection = self.sdtps(patches, anchors, encoded.present)
+            selection = self.sdtps.select(patches, anchors, encoded.present)
             features["sdtps"] = torch.cat([self.pool[m](selection.tokens[m]) for m in MODALITIES], dim=-1)
         if "RGB" in self.heads:
-            features.update(globals_)
+            features.update(by_modality)
 
         logits = {}
         for name, head in self.heads.items():

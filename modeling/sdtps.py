@@ -16,6 +16,7 @@ neither the configuration nor the backbone.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -62,17 +63,6 @@ def token_counts(num_patches: int, sparse_ratio: float, aggr_ratio: float) -> tu
     return kept, max(1, math.floor(kept * Fraction(str(aggr_ratio))))
 
 
-def drop_absent(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeroes the vectors (..., C) shorter than `NORM_FLOOR`, cutting their gradient.
-
-    Returns:
-        The vectors, and their norms (..., 1) with 1 in the place of those that were dropped.
-    """
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    present = norm >= NORM_FLOOR
-    return torch.where(present, vectors, 0.0), torch.where(present, norm, 1.0)
-
-
 def min_max(similarity: Tensor) -> Tensor:
     """Rescales (..., N) to [0, 1] over the patches of each sample; a flat row becomes zeros."""
     low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
@@ -109,8 +99,17 @@ def _fixed_noise(like: Tensor) -> Tensor:
     return noise.transpose(0, 1).to(like)
 
 
+def linear(layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
+    """Each modality's own layer, (M, ..., C) -> (M, ..., D), as one batched product."""
+    layers = list(layers)
+    out = x.flatten(1, -2) @ torch.stack([layer.weight for layer in layers]).transpose(1, 2)
+    if layers[0].bias is not None:
+        out = out + torch.stack([layer.bias for layer in layers]).unsqueeze(1)
+    return out.unflatten(1, x.shape[1:-1])
+
+
 class TokenAggregator(nn.Module):
-    """Mixes K kept tokens into A: W = softmax over K of (scale * MLP(LN(v)) + bias), output W^T v."""
+    """What one modality needs to mix its kept tokens into A, see `mix_tokens`."""
 
     def __init__(self, embed_dim: int, num_tokens: int):
         super().__init__()
@@ -120,12 +119,28 @@ class TokenAggregator(nn.Module):
         self.fc2 = nn.Linear(hidden, num_tokens)
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, tokens: Tensor, importance: Tensor | None = None) -> Tensor:
-        """tokens (B, K, C), importance (B, K) added to every row of logits -> (B, A, C)."""
-        logits = self.scale * self.fc2(F.gelu(self.fc1(self.norm(tokens))))
-        if importance is not None:
-            logits = logits + importance.unsqueeze(-1)
-        return logits.softmax(dim=1).transpose(1, 2) @ tokens
+
+def mix_tokens(aggregators: Iterable[TokenAggregator], tokens: Tensor, importance: Tensor | None = None) -> Tensor:
+    """W = softmax over K of (scale * MLP(LN(v)) + importance), output W^T v, for each modality with its own aggregator.
+
+    Args:
+        tokens: (M, B, K, C).
+        importance: (M, B, K), added to every row of logits.
+
+    Returns:
+        (M, B, A, C)
+    """
+    parts = list(aggregators)
+
+    def own(name: str) -> Tensor:
+        return torch.stack([part.get_parameter(name) for part in parts])[:, None, None]
+
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=parts[0].norm.eps) * own("norm.weight") + own("norm.bias")
+    hidden = F.gelu(linear((part.fc1 for part in parts), normed))
+    logits = own("scale").unsqueeze(-1) * linear((part.fc2 for part in parts), hidden)  # (M, B, K, A)
+    if importance is not None:
+        logits = logits + importance.unsqueeze(-1)
+    return logits.softmax(dim=2).transpose(2, 3) @ tokens
 
 
 class SDTPS(nn.Module):
@@ -207,8 +222,10 @@ class SDTPS(nn.Module):
         Raises:
             ValueError: the number of patches is not the one given at construction.
         """
-        v = torch.stack([tokens[m] for m in MODALITIES])  # (M, B, N, C)
-        g = torch.stack([globals_[m] for m in MODALITIES])  # (M, B, C)
+        return self.select(*(torch.stack([x[m] for m in MODALITIES]) for x in (tokens, globals_)), present)
+
+    def select(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Selection:
+        """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""
         if v.shape[2] != self.num_patches:
             raise ValueError(f"got {v.shape[2]} patch tokens, this SDTPS was built for {self.num_patches}")
         dtype = torch.promote_types(v.dtype, torch.float32)
@@ -225,12 +242,13 @@ class SDTPS(nn.Module):
 
     def score(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Importance of every patch, v (M, B, N, C) and g (M, B, C) -> scores and predictor's part, (M, B, N) each."""
-        predicted = torch.stack([self.predictor[m](v[i]).squeeze(-1).sigmoid() for i, m in enumerate(MODALITIES)])
-        similarity = min_max(self._similarity(v, g))  # (M, M, B, N): patches of m to the global of o
+        first, second = ([self.predictor[m][i] for m in MODALITIES] for i in (0, 2))
+        predicted = linear(second, F.gelu(linear(first, v))).squeeze(-1).sigmoid()
+        similarity = min_max(self._similarity(v, g))
         if self.score_grad != "all":
             similarity = similarity.detach()
-        weight = self._similarity_weights(v, present)  # (M, M, B)
-        scores = (1 - 2 * self.beta) * predicted + (weight.unsqueeze(-1) * similarity).sum(1)
+        weight = self._similarity_weights(v, present)  # (M, B, M, 1)
+        scores = (1 - 2 * self.beta) * predicted + (weight * similarity).sum(2)
         return (scores.detach() if self.score_grad == "none" else scores), predicted
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,32 +266,34 @@ class SDTPS(nn.Module):
 
     def aggregate(self, v: Tensor, scores: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
         """Output tokens of a given choice, (M, B, A + 1, C), or (M, B, A, C) if no patch was dropped."""
-        v_kept = gather_tokens(v, kept)
-        bias = scores.gather(-1, kept) / self.temperature if self.temperature > 0 else None
-        out = torch.stack(
-            [self.aggregator[m](v_kept[i], None if bias is None else bias[i]) for i, m in enumerate(MODALITIES)]
-        )
+        importance = scores.gather(-1, kept) / self.temperature if self.temperature > 0 else None
+        out = mix_tokens(self.aggregator.values(), gather_tokens(v, kept), importance)
         if dropped.shape[-1] == 0:
             return out
-        share = scores.gather(-1, dropped).softmax(-1).unsqueeze(-2)  # (M, B, 1, N - K)
-        return torch.cat([out, share @ gather_tokens(v, dropped)], dim=-2)
+        share = torch.zeros_like(scores).scatter(-1, dropped, scores.gather(-1, dropped).softmax(-1))
+        return torch.cat([out, share.unsqueeze(-2) @ v], dim=-2)
 
     def _similarity(self, v: Tensor, g: Tensor) -> Tensor:
-        """Similarity of the patches of each modality m to the global of each modality o -> (M, M, B, N)."""
-        (v, v_norm), (g, g_norm) = drop_absent(v), drop_absent(g)
+        """Similarity of the patches of each modality m to the global of each modality o -> (M, B, M, N)."""
+        v_norm, g_norm = torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+        v_there, g_there = v_norm >= NORM_FLOOR, g_norm >= NORM_FLOOR
         if self.similarity == "cosine":
-            key, query = v / v_norm, g / g_norm
+            query, keys = g / torch.where(g_there, g_norm, 1.0), v
+            divisor = torch.where(v_there, v_norm, 1.0)
         else:
-            key = torch.stack([self.key[m](v[i]) for i, m in enumerate(MODALITIES)])
-            query = torch.stack([self.query[m](g[i]) for i, m in enumerate(MODALITIES)]) / key.shape[-1] ** 0.5
-        return torch.einsum("mbnc,obc->mobn", key, query)
+            query, keys = linear(self.query.values(), g), linear(self.key.values(), v)
+            divisor = torch.full_like(v_norm, keys.shape[-1] ** 0.5)
+        query = torch.where(g_there, query, 0.0).transpose(0, 1)  # (B, M, C)
+        similarity = query @ keys.transpose(-1, -2) / divisor.unsqueeze(2)  # patches (M, B, N, C) to (B, M, C)
+        return torch.where(v_there.unsqueeze(2), similarity, 0.0)
 
     def _similarity_weights(self, v: Tensor, present: Tensor | None) -> Tensor:
-        """b for another modality, 2b for the own one (M, M, B); an absent one's goes to the rest in proportion."""
+        """b for another modality, 2b for the own one (M, B, M, 1); an absent one's goes to the rest in proportion."""
         weight = self.beta * (1 + torch.eye(len(MODALITIES), dtype=v.dtype, device=v.device))
-        weight = weight.unsqueeze(-1).expand(-1, -1, v.shape[1])
-        if present is None:
-            return weight
-        remaining = weight * present.T.to(v.dtype)  # (M, M, B): column o vanishes where o is absent
-        total = remaining.sum(1, keepdim=True)
-        return torch.where(total > 0, remaining * weight.sum(1, keepdim=True) / total.clamp_min(1e-12), 0.0)
+        weight = weight.unsqueeze(1).expand(-1, v.shape[1], -1)  # (M, B, M)
+        if present is not None:
+            remaining = weight * present.to(v.dtype)  # column o vanishes where o is absent
+            total = remaining.sum(2, keepdim=True)
+            share = remaining * weight.sum(2, keepdim=True) / total.clamp_min(1e-12)
+            weight = torch.where(total > 0, share, 0.0)
+        return weight.unsqueeze(-1)

@@ -13,10 +13,9 @@ from engine import diagnosis
 from engine.diagnosis import Diagnosis
 from engine.processor import do_train
 from modeling import make_model
-from modeling.sdtps import SDTPS
+from modeling.sdtps import SDTPS, mix_tokens
 from solver import create_scheduler, make_loss, make_optimizer
 from utils.logging import read_metrics
-from utils.modalities import MODALITIES
 
 NAN = float("nan")
 
@@ -74,7 +73,7 @@ class MaskedSDTPS(SDTPS):
         soft = scores.softmax(-1)
         mask = hard + soft - soft.detach()
         bias = -(1 - mask) * 1e10
-        return torch.stack([self.aggregator[m](v[i], bias[i]) for i, m in enumerate(MODALITIES)])
+        return mix_tokens(self.aggregator.values(), v, bias)
 
 
 def test_an_unbounded_mask_gradient_is_told_in_the_first_epoch(train, monkeypatch, caplog):

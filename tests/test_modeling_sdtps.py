@@ -219,8 +219,8 @@ def test_absent_modality_gives_no_score_and_zeros():
     assert not torch.equal(other.tokens["RGB"][1], selection.tokens["RGB"][1])
     # its weight goes to the rest: similarities still add up to 4 beta
     weight = sdtps._similarity_weights(torch.stack([tokens[m] for m in MODALITIES]), present)
-    torch.testing.assert_close(weight[0, :, 0], torch.tensor([2 / 3, 1 / 3, 0.0]))
-    torch.testing.assert_close(weight[0, :, 1], torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(weight[0, 0, :, 0], torch.tensor([2 / 3, 1 / 3, 0.0]))
+    torch.testing.assert_close(weight[0, 1, :, 0], torch.tensor([0.5, 0.25, 0.25]))
 
 
 # --- gradient-enabled ------------------------------------------------------------------------------------------------
