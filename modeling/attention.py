@@ -1,11 +1,12 @@
-"""Self-attention of a ViT whose patches fill a power of two, as three Triton kernels.
+"""Self-attention of a ViT whose patches fill a power of two, as two Triton kernels.
 
 On 256x128 pixels a ViT attends over 128 patches and one class token. General kernels take tiles of 128 keys and spend a
 second one on the last token. Here patches and prefix tokens (class token, registers) are two tiles side by side, the
-second of 16 rows. Queries, keys and values are read from the joint projection and gradients written into its layout,
-so that nothing is copied.
+second of 16 rows. All scores of an image and head lie in the registers of one program, so that the backward pass needs
+the input alone; queries, keys and values are read from the joint projection and gradients written into its layout, so
+that nothing is copied.
 
-Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches, M patches of one program.
+Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
 from typing import Any
@@ -63,62 +64,48 @@ def tiled_attention(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
     Returns:
         (B, P + N, H * D)
     """
-    return _attend(qkv, num_heads, num_prefix)[0]
+    return _attend(qkv, num_heads, num_prefix)
 
 
 @torch.library.custom_op("tiled_attention::attend", mutates_args=(), device_types="cuda")
-def _attend(qkv: Tensor, num_heads: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Output (B, P + N, H * D), and (B, H, P + N) float32: log2 of each query's sum of exponentials."""
-    out, total = _outputs(qkv, num_heads)
-    grid, sizes = _launch(qkv, num_heads, num_prefix)
-    _attend_kernel[grid](qkv.contiguous(), out, total, **sizes)
-    return out, total
+def _attend(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    _attend_kernel[(num_heads, len(qkv))](qkv.contiguous(), out, **_sizes(qkv, num_heads, num_prefix), num_warps=4)
+    return out
 
 
 @torch.library.custom_op("tiled_attention::differentiate", mutates_args=(), device_types="cuda")
-def _differentiate(
-    qkv: Tensor, out: Tensor, total: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int
-) -> Tensor:
+def _differentiate(qkv: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int) -> Tensor:
     """Gradient of the joint projection (B, P + N, 3 * H * D)."""
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    grid, sizes = _launch(qkv, num_heads, num_prefix)
-    tensors = (qkv.contiguous(), out, total, grad_out.contiguous(), grad)
-    _query_kernel[grid](*tensors, **sizes)
-    _key_value_kernel[grid](*tensors, **sizes)
+    sizes = _sizes(qkv, num_heads, num_prefix)
+    _gradient_kernel[(num_heads, len(qkv))](qkv.contiguous(), grad_out.contiguous(), grad, **sizes, num_warps=8)
     return grad
 
 
-def _launch(qkv: Tensor, num_heads: int, num_prefix: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    batch, length, width = qkv.shape
-    n, d = length - num_prefix, width // 3 // num_heads
-    m = max(16, n // 2)
-    sizes = {"P": num_prefix, "N": n, "H": num_heads, "D": d, "M": m}
-    return (n // m, num_heads, batch), {"scale": d**-0.5, **sizes, "num_warps": 4}
-
-
-def _outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    batch, length, width = qkv.shape
-    return qkv.new_empty(batch, length, width // 3), qkv.new_empty(batch, num_heads, length, dtype=torch.float32)
+def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, Any]:
+    head_dim = qkv.shape[2] // 3 // num_heads
+    sizes = {"P": num_prefix, "N": qkv.shape[1] - num_prefix, "H": num_heads, "D": head_dim}
+    return {"scale": head_dim**-0.5, **sizes}
 
 
 @_attend.register_fake
-def _(qkv: Tensor, num_heads: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    return _outputs(qkv, num_heads)
+def _(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 @_differentiate.register_fake
-def _(qkv: Tensor, out: Tensor, total: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int) -> Tensor:
+def _(qkv: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int, int], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], *output)
+def _save(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
     ctx.num_heads, ctx.num_prefix = inputs[1:]
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_total: None) -> tuple[Tensor, None, None]:
-    return _differentiate(*ctx.saved_tensors, grad_out, ctx.num_heads, ctx.num_prefix), None, None
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    return _differentiate(ctx.saved_tensors[0], grad_out, ctx.num_heads, ctx.num_prefix), None, None
 
 
 _attend.register_autograd(_backward, setup_context=_save)
@@ -142,124 +129,66 @@ if triton is not None:
         tl.store(x + places, value.to(x.dtype.element_ty), mask=(r < count)[:, None])
 
     @triton.jit
-    def _load_row(x, first, count, R: tl.constexpr, other):
-        r = tl.arange(0, R)
-        return tl.load(x + first + r, mask=r < count, other=other)
-
-    @triton.jit
-    def _attend_rows(
-        q_at, k, v, k_prefix, v_prefix, out, total, scale, first, count, P: tl.constexpr, D: tl.constexpr,
-        H: tl.constexpr, R: tl.constexpr,
-    ):  # fmt: skip
-        """Output of the queries in `count` rows, and log2 of their sums of exponentials."""
-        q = _load(q_at, first, count, R, D, 3 * H * D)
+    def _exponentials(q, k, k_prefix, scale, P: tl.constexpr):
+        """Attention of queries (R, D) to patches (R, N) and prefix (R, 16), and the sums to divide it by (R,)."""
         s = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
         s_prefix = tl.dot(q, tl.trans(k_prefix)) * (scale * LOG2E)
         s_prefix = tl.where((tl.arange(0, PREFIX) < P)[None, :], s_prefix, float("-inf"))
-        top = tl.maximum(tl.max(s, axis=1), tl.max(s_prefix, axis=1))
-        p = tl.exp2(s - top[:, None])
-        p_prefix = tl.exp2(s_prefix - top[:, None])
-        t = tl.sum(p, axis=1) + tl.sum(p_prefix, axis=1)
-        o = tl.dot(p_prefix.to(v.dtype), v_prefix, tl.dot(p.to(v.dtype), v))
-        _store(out, o / t[:, None], first, count, R, D, H * D)
-        r = tl.arange(0, R)
-        tl.store(total + first + r, top + tl.log2(t), mask=r < count)
+        top = tl.maximum(tl.max(s, axis=1), tl.max(s_prefix, axis=1))[:, None]
+        p, p_prefix = tl.exp2(s - top), tl.exp2(s_prefix - top)
+        return p, p_prefix, tl.sum(p, axis=1) + tl.sum(p_prefix, axis=1)
 
     @triton.jit
-    def _attend_kernel(
-        qkv, out, total, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, M: tl.constexpr
-    ):
-        part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    def _output(q, k, v, k_prefix, v_prefix, scale, P: tl.constexpr):
+        p, p_prefix, total = _exponentials(q, k, k_prefix, scale, P)
+        out = tl.dot(p.to(v.dtype), v) + tl.dot(p_prefix.to(v.dtype), v_prefix)
+        return out / total[:, None]
+
+    @triton.jit
+    def _attend_kernel(qkv, out, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+        h, b = tl.program_id(0), tl.program_id(1)
         T: tl.constexpr = 3 * H * D
         q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
         k_at, v_at = q_at + H * D, q_at + 2 * H * D
-        out += (b * (P + N)).to(tl.int64) * H * D + h * D
-        total += (b * H + h) * (P + N)
+        to = out + (b * (P + N)).to(tl.int64) * H * D + h * D
         k, k_prefix = _load(k_at, P, N, N, D, T), _load(k_at, 0, P, PREFIX, D, T)
         v, v_prefix = _load(v_at, P, N, N, D, T), _load(v_at, 0, P, PREFIX, D, T)
-        _attend_rows(q_at, k, v, k_prefix, v_prefix, out, total, scale, P + part * M, M, P, D, H, M)
-        if part == 0:
-            _attend_rows(q_at, k, v, k_prefix, v_prefix, out, total, scale, 0, P, P, D, H, PREFIX)
-
-    @triton.jit
-    def _query_rows(
-        q_at, k, v, k_prefix, v_prefix, out, total, grad_out, grad, scale, first, count, P: tl.constexpr,
-        D: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
-    ):  # fmt: skip
-        """Gradient of the queries in `count` rows."""
-        q = _load(q_at, first, count, R, D, 3 * H * D)
-        g, o = _load(grad_out, first, count, R, D, H * D), _load(out, first, count, R, D, H * D)
-        t = _load_row(total, first, count, R, 0.0)
-        mean = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
-        p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2E) - t[:, None])
-        p_prefix = tl.exp2(tl.dot(q, tl.trans(k_prefix)) * (scale * LOG2E) - t[:, None])
-        p_prefix = tl.where((tl.arange(0, PREFIX) < P)[None, :], p_prefix, 0.0)
-        ds = (p * (tl.dot(g, tl.trans(v)) - mean[:, None]) * scale).to(q.dtype)
-        ds_prefix = (p_prefix * (tl.dot(g, tl.trans(v_prefix)) - mean[:, None]) * scale).to(q.dtype)
-        _store(grad, tl.dot(ds_prefix, k_prefix, tl.dot(ds, k)), first, count, R, D, 3 * H * D)
-
-    @triton.jit
-    def _query_kernel(
-        qkv, out, total, grad_out, grad, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-        M: tl.constexpr,
-    ):  # fmt: skip
-        part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        T: tl.constexpr = 3 * H * D
-        q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
-        k_at, v_at = q_at + H * D, q_at + 2 * H * D
-        grad += (b * (P + N)).to(tl.int64) * T + h * D
-        out += (b * (P + N)).to(tl.int64) * H * D + h * D
-        grad_out += (b * (P + N)).to(tl.int64) * H * D + h * D
-        total += (b * H + h) * (P + N)
-        k, k_prefix = _load(k_at, P, N, N, D, T), _load(k_at, 0, P, PREFIX, D, T)
-        v, v_prefix = _load(v_at, P, N, N, D, T), _load(v_at, 0, P, PREFIX, D, T)
-        first = P + part * M
-        _query_rows(q_at, k, v, k_prefix, v_prefix, out, total, grad_out, grad, scale, first, M, P, D, H, M)
-        if part == 0:
-            _query_rows(q_at, k, v, k_prefix, v_prefix, out, total, grad_out, grad, scale, 0, P, P, D, H, PREFIX)
-
-    @triton.jit
-    def _key_value_part(k, v, q, g, t, mean, dk, dv, scale):
-        """Adds what some queries give to the gradients of keys and values."""
-        p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2E) - t[None, :])
-        ds = (p * (tl.dot(v, tl.trans(g)) - mean[None, :]) * scale).to(q.dtype)
-        return tl.dot(ds, q, dk), tl.dot(p.to(q.dtype), g, dv)
-
-    @triton.jit
-    def _key_value_rows(
-        k_at, q, g, t, mean, q_prefix, g_prefix, t_prefix, mean_prefix, grad, scale, first, count, D: tl.constexpr,
-        H: tl.constexpr, R: tl.constexpr,
-    ):  # fmt: skip
-        """Gradient of the keys and values in `count` rows."""
-        k = _load(k_at, first, count, R, D, 3 * H * D)
-        v = _load(k_at + H * D, first, count, R, D, 3 * H * D)
-        zero = tl.zeros((R, D), tl.float32)
-        dk, dv = _key_value_part(k, v, q, g, t, mean, zero, zero, scale)
-        dk, dv = _key_value_part(k, v, q_prefix, g_prefix, t_prefix, mean_prefix, dk, dv, scale)
-        _store(grad, dk, first, count, R, D, 3 * H * D)
-        _store(grad + H * D, dv, first, count, R, D, 3 * H * D)
-
-    @triton.jit
-    def _key_value_kernel(
-        qkv, out, total, grad_out, grad, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-        M: tl.constexpr,
-    ):  # fmt: skip
-        part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        T: tl.constexpr = 3 * H * D
-        q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
-        k_at = q_at + H * D
-        grad += (b * (P + N)).to(tl.int64) * T + h * D + H * D
-        out += (b * (P + N)).to(tl.int64) * H * D + h * D
-        grad_out += (b * (P + N)).to(tl.int64) * H * D + h * D
-        total += (b * H + h) * (P + N)
         q, q_prefix = _load(q_at, P, N, N, D, T), _load(q_at, 0, P, PREFIX, D, T)
-        g, g_prefix = _load(grad_out, P, N, N, D, H * D), _load(grad_out, 0, P, PREFIX, D, H * D)
-        o, o_prefix = _load(out, P, N, N, D, H * D), _load(out, 0, P, PREFIX, D, H * D)
-        mean = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
-        mean_prefix = tl.sum(g_prefix.to(tl.float32) * o_prefix.to(tl.float32), axis=1)
-        t = _load_row(total, P, N, N, 0.0)
-        t_prefix = _load_row(total, 0, P, PREFIX, float("inf"))  # no weight for rows that are not there
-        queries = (q, g, t, mean, q_prefix, g_prefix, t_prefix, mean_prefix)
-        _key_value_rows(k_at, *queries, grad, scale, P + part * M, M, D, H, M)
-        if part == 0:
-            _key_value_rows(k_at, *queries, grad, scale, 0, P, D, H, PREFIX)
+        _store(to, _output(q, k, v, k_prefix, v_prefix, scale, P), P, N, N, D, H * D)
+        _store(to, _output(q_prefix, k, v, k_prefix, v_prefix, scale, P), 0, P, PREFIX, D, H * D)
+
+    @triton.jit
+    def _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P: tl.constexpr):
+        """Attention of queries (R, D) and, from the gradient g of their output, the slope of the scores; in two parts."""
+        p, p_prefix, total = _exponentials(q, k, k_prefix, scale, P)
+        share = (1.0 / total)[:, None]
+        p, p_prefix = p * share, p_prefix * share
+        dp, dp_prefix = tl.dot(g, tl.trans(v)), tl.dot(g, tl.trans(v_prefix))
+        mean = (tl.sum(p * dp, axis=1) + tl.sum(p_prefix * dp_prefix, axis=1))[:, None]
+        ds, ds_prefix = p * (dp - mean) * scale, p_prefix * (dp_prefix - mean) * scale
+        return p.to(q.dtype), p_prefix.to(q.dtype), ds.to(q.dtype), ds_prefix.to(q.dtype)
+
+    @triton.jit
+    def _gradient_kernel(
+        qkv, grad_out, grad, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr
+    ):
+        h, b = tl.program_id(0), tl.program_id(1)
+        T: tl.constexpr = 3 * H * D
+        q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
+        k_at, v_at = q_at + H * D, q_at + 2 * H * D
+        g_at = grad_out + (b * (P + N)).to(tl.int64) * H * D + h * D
+        q_to = grad + (b * (P + N)).to(tl.int64) * T + h * D
+        k_to, v_to = q_to + H * D, q_to + 2 * H * D
+        k, k_prefix = _load(k_at, P, N, N, D, T), _load(k_at, 0, P, PREFIX, D, T)
+        v, v_prefix = _load(v_at, P, N, N, D, T), _load(v_at, 0, P, PREFIX, D, T)
+        q, q_prefix = _load(q_at, P, N, N, D, T), _load(q_at, 0, P, PREFIX, D, T)
+        g, g_prefix = _load(g_at, P, N, N, D, H * D), _load(g_at, 0, P, PREFIX, D, H * D)
+        # p, s: attention and slope; of the patches' queries to patches and prefix, then of the prefix's to both
+        p, pp, s, sp = _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P)
+        r, rp, t, tp = _weights_and_slopes(q_prefix, g_prefix, k, v, k_prefix, v_prefix, scale, P)
+        _store(v_to, tl.dot(tl.trans(p), g) + tl.dot(tl.trans(r), g_prefix), P, N, N, D, T)
+        _store(v_to, tl.dot(tl.trans(pp), g) + tl.dot(tl.trans(rp), g_prefix), 0, P, PREFIX, D, T)
+        _store(q_to, tl.dot(s, k) + tl.dot(sp, k_prefix), P, N, N, D, T)
+        _store(q_to, tl.dot(t, k) + tl.dot(tp, k_prefix), 0, P, PREFIX, D, T)
+        _store(k_to, tl.dot(tl.trans(s), q) + tl.dot(tl.trans(t), q_prefix), P, N, N, D, T)
+        _store(k_to, tl.dot(tl.trans(sp), q) + tl.dot(tl.trans(tp), q_prefix), 0, P, PREFIX, D, T)
