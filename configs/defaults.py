@@ -184,6 +184,12 @@ KEYS: dict[str, dict[str, Key]] = {
             "arithmetic; auto: bf16 from Ampere on, fp16 on older CUDA cards, float32 elsewhere",
             choices=("auto", "bf16", "fp16", "float32"),
         ),
+        "COMPILE": Key(
+            "auto",
+            "torch.compile, region by region; auto: on CUDA, unless DETERMINISTIC",
+            choices=("auto", "on", "off"),
+            also={True: "on", False: "off"},
+        ),
         "GRAD_CLIP": Key(0.0, "clip the norm of the gradient to this; 0 is off", within=_NOT_NEGATIVE),
         "ACCUMULATION": Key(1, "micro-batches in which a batch is computed, to save memory", within=_COUNT),
         "EMA_DECAY": Key(

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data.masks import person_patches
 from engine.device import autocast_dtype
 from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
+from modeling.regions import is_compiled, uncompiled
 from modeling.sdtps import Selection
 from utils.files import read_json, save_text
 from utils.metrics import rank_features, rank_metrics
@@ -85,10 +87,13 @@ def extract_features(
         pattern: Extraction({name: [] for name in names}, SelectionMonitor(person) if model.sdtps is not None else None)
         for pattern in missing
     }
-    first = 0
+    first, size = 0, 0
     for batch in tqdm(loader.batches(device), desc="features", total=len(loader), leave=False, disable=None):
         inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        size = max(size, len(batch.pid))
+        last = is_compiled(model) and len(batch.pid) < size  # would be compiled anew
+        regions = uncompiled(model) if last else nullcontext()
+        with regions, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             encoded = model.encode(batch.images, batch.camid)
             for pattern, extraction in result.items():
                 present = torch.tensor([m[0].lower() not in pattern for m in MODALITIES], device=device)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data import Batch
 from modeling import ReIDModel, ReIDOutput
+from modeling.regions import uncompiled
 from modeling.sdtps import Selection
 from solver.make_loss import ReIDLoss
 from solver.make_optimizer import group_of
@@ -130,7 +131,7 @@ def score_gradient_probe(
     try:
         for mode in (score_grad, "none"):
             model.sdtps.score_grad = mode
-            with torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
+            with uncompiled(model), torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
                 output = model(batch.images, batch.camid)
                 alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
                 loss, _ = loss_fn(alone, batch.pid, epoch)

@@ -159,7 +159,7 @@ if triton is not None:
 
     @triton.jit
     def _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P: tl.constexpr):
-        """Attention of queries (R, D) and, from the gradient g of their output, the slope of the scores; in two parts."""
+        """Attention of queries (R, D), and the gradient of its scores from that of the output, g; each in two parts."""
         p, p_prefix, total = _exponentials(q, k, k_prefix, scale, P)
         share = (1.0 / total)[:, None]
         p, p_prefix = p * share, p_prefix * share

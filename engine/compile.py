@@ -1,0 +1,88 @@
+"""torch.compile, region by region: when it is used, and what happens where it cannot be."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from modeling import ReIDModel
+from modeling.regions import compile_regions
+from solver.make_loss import ReIDLoss
+from utils.modalities import MODALITIES
+
+log = logging.getLogger(__name__)
+
+
+def compile_training(
+    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int
+) -> bool:
+    """Compiles model and loss for training, as SOLVER.COMPILE says, on a blank batch that leaves no trace.
+
+    Where the compiler fails, for want of a C compiler or on a card that it does not know, training goes on without it
+    and the log says why.
+
+    Args:
+        model: on its device.
+        dtype: autocast type, None for float32.
+        batch_size: triples that pass through the model at once.
+
+    Returns:
+        Whether the regions are compiled.
+    """
+    device = next(model.parameters()).device
+    wanted = cfg.SOLVER.COMPILE
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    if wanted == "auto" and cfg.SOLVER.DETERMINISTIC:
+        log.info(
+            "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
+        )
+        return False
+    start = time.perf_counter()
+    # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
+    torch._functorch.config.enable_autograd_cache = False
+    switch(model, loss_fn, True)
+    try:
+        _without_trace(model, lambda: _blank_step(cfg, model, loss_fn, dtype, batch_size))
+    except Exception as error:
+        switch(model, loss_fn, False)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("not compiled, so training is slower: %s: %s", type(error).__name__, reason)
+        return False
+    log.info("compiled for training (%.0f s)", time.perf_counter() - start)
+    return True
+
+
+def switch(model: ReIDModel, loss_fn: ReIDLoss, enable: bool) -> None:
+    compile_regions(model, enable)
+    loss_fn.compiled = enable
+
+
+def _blank_step(cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int) -> None:
+    device = next(model.parameters()).device
+    blank = torch.zeros(batch_size, 3, *cfg.INPUT.SIZE_TRAIN, device=device)
+    pid = torch.arange(batch_size, device=device) // cfg.DATALOADER.NUM_INSTANCE % loss_fn.num_classes
+    camid = torch.zeros(batch_size, dtype=torch.long, device=device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        output = model(dict.fromkeys(MODALITIES, blank), camid)
+        loss, _ = loss_fn(output, pid, cfg.SOLVER.MAX_EPOCHS)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _without_trace(model: ReIDModel, action: Callable[[], None]) -> None:
+    """Runs `action` in training mode and puts back the random states, the mode and the batch statistics."""
+    device = next(model.parameters()).device
+    buffers: list[tuple[Tensor, Tensor]] = [(b, b.clone()) for b in model.buffers()]
+    training = model.training
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            model.train()
+            action()
+        finally:
+            model.train(training)
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
