@@ -1,6 +1,7 @@
 """Batches of aligned RGB, NI and TI images, for training by identity and for evaluation in a fixed order."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from yacs.config import CfgNode
 
+from utils.distributed import local_rank, local_world_size, rank, share, world_size
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -126,6 +128,8 @@ class TrainLoader:
 class EvalLoader:
     """Every distinct triple of query and gallery once, in a fixed order.
 
+    Of several ranks, each iterates over its share of that order, see `utils.distributed.share`.
+
     Attributes:
         query, gallery: int64 indices into that order.
         pids, camids, sceneids: int64, one entry a triple.
@@ -183,14 +187,17 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
     names = cfg.DATASETS.NAMES
     splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
+    if len(evaluated) < world_size():
+        raise UserError(f"{len(evaluated)} test images for {world_size()} ranks: start at most {len(evaluated)} processes.")
     workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
-    if train and cfg.DATASETS.CHECK:
+    if train and cfg.DATASETS.CHECK and local_rank() == 0:
         check_images(splits.train + evaluated, workers)
 
     augment, prepare = make_transforms(cfg)
     pin_memory = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
     val = DataLoader(
         TripleDataset(evaluated, prepare),
+        sampler=share(len(evaluated)),
         batch_size=cfg.TEST.IMS_PER_BATCH,
         **_worker_options(workers, cfg.TEST.IMS_PER_BATCH, cfg.INPUT.SIZE_TEST, pin_memory),
     )
@@ -206,6 +213,7 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
 def _train_loader(
     cfg: CfgNode, splits: DatasetSplits, augment: TrainTransform, workers: int, pin_memory: bool
 ) -> TrainLoader:
+    _check_divides(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION, cfg.DATALOADER.NUM_INSTANCE)
     label = {pid: index for index, pid in enumerate(splits.identities)}
     samples = [replace(sample, pid=label[sample.pid]) for sample in splits.train]
     sampler = IdentityBatchSampler(
@@ -213,8 +221,11 @@ def _train_loader(
         ids_per_batch=cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE,
         instances=cfg.DATALOADER.NUM_INSTANCE,
         seed=cfg.SOLVER.SEED,
+        rank=rank(),
+        world_size=world_size(),
+        parts=cfg.SOLVER.ACCUMULATION,
     )
-    options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH, cfg.INPUT.SIZE_TRAIN, pin_memory)
+    options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH // world_size(), cfg.INPUT.SIZE_TRAIN, pin_memory)
     return TrainLoader(
         DataLoader(
             AugmentedDataset(TripleDataset(samples, augment), cfg.SOLVER.SEED),
@@ -225,9 +236,27 @@ def _train_loader(
     )
 
 
+def _check_divides(batch: int, parts: int, instances: int) -> None:
+    ranks = world_size()
+    if batch % (ranks * parts) == 0:
+        return
+    unit = math.lcm(ranks * parts, parts * instances)
+    below = batch // unit * unit
+    fits = f"{below} or {below + unit}" if below else str(unit)
+    raise UserError(
+        f"SOLVER.IMS_PER_BATCH {batch} is the batch of all ranks together, and cannot be divided among {ranks} ranks x "
+        f"{parts} micro-batches (SOLVER.ACCUMULATION). Set SOLVER.IMS_PER_BATCH to {fits}, or start another number of "
+        "processes."
+    )
+
+
 def count_workers(requested: int) -> int:
-    """DATALOADER.NUM_WORKERS as worker processes: -1 leaves one core free, and more than the cores are not started."""
+    """DATALOADER.NUM_WORKERS as worker processes of this rank: -1 leaves it one core free.
+
+    More than its cores are not started; the ranks of a machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // local_world_size())
     if requested < 0:
         return cores - 1
     if requested > cores:
@@ -239,7 +268,7 @@ def _worker_options(workers: int, batch_size: int, size: Sequence[int], pin_memo
     """Options of DataLoader common to training and evaluation; fewer workers where shared memory is too small."""
     if workers and os.path.isdir(SHARED_MEMORY):
         batch_bytes = 4 * batch_size * len(MODALITIES) * 3 * size[0] * size[1]
-        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes)
+        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes * local_world_size())
         if affordable < workers:
             logger.warning(
                 "%s has room for the batches of %d workers instead of %d; in a container, start it with more "

@@ -16,8 +16,10 @@ from yacs.config import CfgNode
 import configs
 from engine.meters import Meters
 from utils.checkpoint import has_part, load_weights, read_file, save_file
+from utils.distributed import barrier, gather_objects, is_main, rank
 from utils.errors import UserError
 from utils.files import read_json, save_copy
+from utils.seed import rank_seed, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,10 @@ class TrainState:
     """Means of the epoch under way."""
 
     def state_dict(self) -> dict:
-        """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`."""
+        """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`.
+
+        Of several ranks, all must call: random states and meters are those of each.
+        """
         names = _parameter_names(self.model, self.optimizer)
         optimizer = self.optimizer.state_dict()
         return {
@@ -110,16 +115,19 @@ class TrainState:
             "global_step": self.global_step,
             "best": self.best,
             "meters": self.meters.state_dict() if self.step else None,
-            "rng": _random_states(),
+            "rng": gather_objects(_random_states()),
             "config": configs.dump(self.cfg),
             "identities": list(self.identities),
         }
 
     def save(self, path: Path, *also: Path) -> None:
-        """Writes the checkpoint to `path`, and the same file under the names `also`."""
-        save_file(self.state_dict(), path)
-        for other in also:
-            save_copy(path, other)
+        """Writes the checkpoint to `path`, and the same file under the names `also`; all ranks call, the main writes."""
+        state = self.state_dict()
+        if is_main():
+            save_file(state, path)
+            for other in also:
+                save_copy(path, other)
+        barrier()
 
     def restore(self, start: Start) -> str:
         """Goes on from a checkpoint; an edited config wins over the stored one, and its differences are listed.
@@ -168,15 +176,19 @@ class TrainState:
         self.best = state["best"]
         if state["meters"]:
             self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
-        _set_random_states(state["rng"])
+        self._restore_random_states(state["rng"])
         place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
         return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
 
-    def keep_best(self, start: Start, out: Path) -> None:
-        """Sees to it that the best checkpoint so far lies in `out`; where it cannot be had, the best is sought anew."""
+    def keep_best(self, start: Start, out: Path) -> dict | None:
+        """Sees to it that the best checkpoint so far lies in `out`; where it cannot be had, the best is sought anew.
+
+        Returns:
+            The metrics of the best so far.
+        """
         best = out / f"{self.cfg.MODEL.NAME}best.pth"
         if self.best is None or best.exists():
-            return
+            return self.best
         stored = read_json(start.path.with_name("metrics.json")).get("best", {})
         if self.best["epoch"] == self.epoch and self.step == 0:
             save_copy(start.path, best)
@@ -184,7 +196,16 @@ class TrainState:
             save_copy(start.path.with_name(best.name), best)
         else:
             log.info("the best checkpoint so far (epoch %d) is not at hand: seeking anew", self.best["epoch"])
-            self.best = None
+            return None
+        return self.best
+
+    def _restore_random_states(self, stored: dict | list[dict]) -> None:
+        """Each rank goes on with its own states; one that the stored run did not have gets new ones."""
+        ranks = stored if isinstance(stored, list) else [stored]  # one process, before there were ranks
+        if rank() < len(ranks):
+            _set_random_states(ranks[rank()])
+        else:
+            seed_everything(rank_seed(self.cfg.SOLVER.SEED, self.global_step, rank()))
 
     def _check_identities(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
         if tuple(state["identities"]) != tuple(self.identities) and not {"classifier", "heads"} & set(reinit):
@@ -238,7 +259,7 @@ def _random_states() -> dict:
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the card in use
     }
 
 
@@ -248,5 +269,5 @@ def _set_random_states(states: dict) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0])

@@ -10,6 +10,7 @@ from modeling import ReIDModel, ReIDOutput
 from modeling.sdtps import Selection
 from solver.make_loss import ReIDLoss
 from solver.make_optimizer import group_of
+from utils.distributed import sum_over_ranks
 from utils.modalities import MODALITIES
 
 
@@ -70,6 +71,13 @@ class SelectionMonitor:
         for m in MODALITIES:
             self.cells[m] = self.cells.get(m, 0) + selection.mask[m].sum(0)
 
+    def join_ranks(self) -> None:
+        """Puts together what the ranks have seen of their shares."""
+        sums = torch.stack(list(self.sums.values())).double()
+        self.images = int(sum_over_ranks(torch.tensor(self.images, device=sums.device)))
+        self.sums = dict(zip(self.sums, sum_over_ranks(sums), strict=True))
+        self.cells = {m: sum_over_ranks(count) for m, count in self.cells.items()}
+
     def read(self) -> dict[str, float]:
         """Means over the images; `cell_spread` is the standard deviation of the share of images that keep a patch, over
         the grid's cells: 0 if every place is kept alike, the higher the more the choice hangs on the place alone."""
@@ -90,7 +98,7 @@ def score_gradient_probe(
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
     detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
-    train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that float32
+    train in this epoch or the backbone is frozen. Of several ranks, each looks at its own samples alone. fp16 would lose small gradients without a scaler, so that float32
     takes its place.
     """
     dtype = None if dtype is torch.float16 else dtype

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,12 +20,15 @@ from engine.interrupt import StopRequest
 from engine.meters import Meters
 from engine.monitor import PartNorms, score_gradient_probe, selection_statistics
 from engine.output import LAST, METRICS_FILE, open_output_dir
+from engine.parallel import Objective, parallel
 from modeling import ReIDModel, ReIDOutput
 from solver.make_loss import ReIDLoss
 from solver.scheduler import CosineSchedule, DemoSchedule
+from utils.distributed import average, barrier, from_main, is_main, rank
 from utils.errors import Interrupted
 from utils.logging import MetricsWriter, setup_logging
 from utils.modalities import MODALITIES
+from utils.seed import rank_seed, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +75,15 @@ def do_train(
     ema = ModelEmaV3(model, decay=s.EMA_DECAY) if s.EMA_DECAY > 0 else None
     epoch_meters, window_meters = Meters(), Meters()
     state = TrainState(cfg, model, optimizer, scaler, ema, data.identities, meters=epoch_meters)
+    if rank() > 0:
+        seed_everything(rank_seed(s.SEED, 0, rank()))
     account = state.restore(start) if start else ""  # refuses what does not fit before the folder is touched
     open_output_dir(cfg, start.path if start else None, state.epoch, trains=state.epoch < s.MAX_EPOCHS)
     setup_logging(out)
     log.info("training on %s", describe(device, dtype))
     if start:
         log.info(account)
-        state.keep_best(start, out)
+        state.best = from_main(lambda: state.keep_best(start, out))
     guard = FiniteGuard(model, optimizer, scaler)
     part_norms = PartNorms(guard.names, device)
     writer = MetricsWriter(out, resume_step=state.global_step + 1 if start else None)
@@ -94,14 +100,17 @@ def do_train(
         results["before"] = evaluate_now(0)
         write_metrics(out / METRICS_FILE, before=results["before"])
     model.train()
+    barrier()
+    objective = parallel(Objective(model, loss_fn), state.epoch + 1)
 
-    with StopRequest() as stop:
+    with StopRequest(s.RANK_TIMEOUT) as stop:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            bar = tqdm(train_loader, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=None)
+            quiet = None if is_main() else True
+            bar = tqdm(train_loader, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=quiet)
             clock, clock_step = time.perf_counter(), state.step
 
             for step, batch in enumerate(bar, state.step + 1):
@@ -115,13 +124,14 @@ def do_train(
                 optimizer.zero_grad(set_to_none=True)
                 guard.before_forward()
                 values: dict[str, Tensor] = {}
-                for part in _micro_batches(batch, s.ACCUMULATION):
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                        output = model(part.images, part.camid)
-                        loss, terms = loss_fn(output, part.pid, epoch)
-                    scaler.scale(loss / s.ACCUMULATION).backward()
+                for i, part in enumerate(_micro_batches(batch, s.ACCUMULATION), 1):
+                    with nullcontext() if i == s.ACCUMULATION else objective.no_sync():
+                        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                            loss, terms, output = objective(part, epoch)
+                        scaler.scale(loss / s.ACCUMULATION).backward()
                     for name, value in {"loss": loss, **terms, "acc": _accuracy(output, part.pid)}.items():
                         values[name] = values.get(name, 0) + value.detach() / s.ACCUMULATION
+                stop_signal = stop.agreed()
                 scaler.unscale_(optimizer)
                 norms = guard.gradient_norms()
                 if s.GRAD_CLIP > 0:
@@ -140,7 +150,7 @@ def do_train(
                     guard.raise_if_bad()
                     scalars = window_meters.read() | {f"lr/{name}": lr for name, lr in scheduler.rates().items()}
                     if output.selection is not None:
-                        scalars |= {k: float(v.detach()) for k, v in selection_statistics(output.selection).items()}
+                        scalars |= average(selection_statistics(output.selection))
                     seconds = time.perf_counter() - clock
                     scalars["samples_per_second"] = (step - clock_step) * s.IMS_PER_BATCH / seconds
                     clock, clock_step = time.perf_counter(), step
@@ -155,13 +165,13 @@ def do_train(
                         f"Acc: {mean['acc']:.3f}, Base Lr: {scheduler.rates()['heads']:.2e}"
                     )
                     window_meters.reset()
-                if stop.requested is not None:
+                if stop_signal is not None:
                     guard.raise_if_bad()
                     state.save(out / LAST)
                     raise Interrupted(
                         f"Stopped after step {step} of epoch {epoch}; the state is in {out / LAST}. To go on, give "
                         f"the same command with TEST.WEIGHT {out / LAST}",
-                        stop.requested,
+                        stop_signal,
                     )
 
             # the epoch is over: evaluate, save

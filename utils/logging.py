@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from utils.distributed import is_main, rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "t
 def setup_logging(output_dir: str | Path | None = None, level: int = logging.INFO) -> None:
     """Send this project's log to the console and, given a folder, to its train.log, which is appended to.
 
-    Libraries are quiet: their warnings go to the file only, the console shows their errors. Calling this again
-    replaces what an earlier call set up.
+    Libraries are quiet: their warnings go to the file only, the console shows their errors. Of several ranks, the main
+    one logs; the others show their warnings on the console. Calling this again replaces what an earlier call set up.
 
     Raises:
         UserError: the folder cannot be written.
@@ -35,13 +36,14 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level if is_main() else logging.WARNING)
 
     console = _ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S"))
+    who = "" if is_main() else f"rank {rank()} "
+    console.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s: %(message)s", datefmt="%H:%M:%S"))
     console.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] in OWN_LOGGERS)
     root.addHandler(console)
-    if output_dir is not None:
+    if output_dir is not None and is_main():
         path = Path(output_dir) / "train.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,7 @@ class MetricsWriter:
 
     A line is one JSON object: kind, step, epoch and the values, each a number or null (not finite). A resumed run
     appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run.
+    Of several ranks, the main one writes.
 
     Args:
         output_dir: the folder of the run.
@@ -102,6 +105,7 @@ class MetricsWriter:
         self.path = Path(output_dir) / "metrics.jsonl"
         self.board: Any = None
         self._complained: set[str] = set()
+        self._writes = is_main()
         self._attempt(str(self.path), self._open_lines)
         self._attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
 
@@ -147,6 +151,8 @@ class MetricsWriter:
             self.board = None
 
     def _attempt(self, what: str, call: Callable[..., None], *args: Any) -> bool:
+        if not self._writes:
+            return False
         try:
             call(*args)
         except Exception as error:
