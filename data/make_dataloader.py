@@ -188,7 +188,9 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
     splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
     if len(evaluated) < world_size():
-        raise UserError(f"{len(evaluated)} test images for {world_size()} ranks: start at most {len(evaluated)} processes.")
+        raise UserError(
+            f"{len(evaluated)} test images for {world_size()} ranks: start at most {len(evaluated)} processes."
+        )
     workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
     if train and cfg.DATASETS.CHECK and local_rank() == 0:
         check_images(splits.train + evaluated, workers)

@@ -22,6 +22,13 @@ GRACE = 10.0
 SETTLE = 3.0
 """Seconds in which the ranks that are left say so, after one of them was lost."""
 
+BEAT = 5.0
+"""Seconds between the signs of life of a rank."""
+SILENCE = 20.0
+"""Seconds without one after which a rank is lost; work, however long, does not keep it from giving them."""
+GO_ON = "Training goes on from its last.pth: give the same command with TEST.WEIGHT <OUTPUT_DIR>/last.pth."
+
+_ended = threading.Event()
 _store: dist.Store | None = None
 """Where ranks leave word; it outlives a rank that ends."""
 
@@ -42,13 +49,11 @@ def launch(main: Callable[[], object], debug: bool = False) -> int:
     code = cli.run(lambda: _as_rank(main), debug, _tell)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # torchrun ends the others as soon as one has ended
+    _ended.set()
     if code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM) and distributed.is_joined():
         _leave_together()
         return code
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a regular end would wait for messages that never come
+    return _end_now(code)
 
 
 def join_ranks(device: torch.device, patience: float) -> None:
@@ -61,17 +66,20 @@ def join_ranks(device: torch.device, patience: float) -> None:
     """
     if _store is None or distributed.is_joined():
         return
-    where, wait = int(os.environ["RANK"]), distributed.LONGEST_WAIT
+    where, size, wait = distributed.rank(), int(os.environ["WORLD_SIZE"]), distributed.LONGEST_WAIT
     cuda = device.type == "cuda"
+    _leave_word("here", "")
+    _store.wait([f"here/{r}" for r in range(size)], timedelta(minutes=5))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.PrefixStore("ranks", _store),
         rank=where,
-        world_size=int(os.environ["WORLD_SIZE"]),
+        world_size=size,
         timeout=wait if cuda else timedelta(seconds=patience),
         device_id=device if cuda else None,
     )
     distributed.control = dist.new_group(backend="gloo", timeout=wait)
+    threading.Thread(target=_watch, args=(min(SILENCE, patience),), daemon=True).start()
 
 
 def _as_rank(main: Callable[[], object]) -> None:
@@ -114,15 +122,14 @@ def _who_is_lost() -> str:
     me, size = distributed.rank(), int(os.environ["WORLD_SIZE"])
     _leave_word("stranded", "")
     time.sleep(SETTLE)
-    go_on = "The run goes on from its last.pth: give the same command with TEST.WEIGHT <OUTPUT_DIR>/last.pth."
     others = [r for r in range(size) if r != me]
     if failed := [(r, _read_word("failed", r)) for r in others if _has_word("failed", r)]:
         for _, text in failed:
             _first_to_tell(text)
-        return "; ".join(f"rank {r} failed: {text}" for r, text in failed) + f"\n{go_on}"
+        return "; ".join(f"rank {r} failed: {text}" for r, text in failed) + f"\n{GO_ON}"
     lost = [str(r) for r in others if not _has_word("stranded", r)]
     who = f"rank {', '.join(lost)}" if lost else "the connection to another rank"
-    return f"{who} was lost: it ended without a word, as when killed, or did not answer in time. {go_on}"
+    return f"{who} was lost: it ended without a word, as when killed, or did not answer in time. {GO_ON}"
 
 
 def _tell(text: str) -> None:
@@ -132,6 +139,33 @@ def _tell(text: str) -> None:
         time.sleep(1)
     if _first_to_tell(text.removeprefix("error: ")):
         print(text if me == 0 else f"rank {me}: {text}", file=sys.stderr, flush=True)
+
+
+def _watch(patience: float) -> None:
+    """In a thread of its own: beats for this process, and ends it once another one has not beaten for `patience`
+    seconds. So a process that is stopped, or a machine that is gone, is noticed whatever the others wait for."""
+    others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
+    seen = {r: (0, time.monotonic()) for r in others}
+    beat = 0
+    while not _ended.wait(min(BEAT, patience / 3)):
+        beat += 1
+        _leave_word("beat", str(beat))
+        now = time.monotonic()
+        for r in others:
+            count = int(_read_word("beat", r) or 0)
+            if count != seen[r][0]:
+                seen[r] = count, now
+        silent = [str(r) for r, (_, when) in seen.items() if now - when > patience]
+        if silent and not _ended.is_set():
+            _tell(f"error: rank {', '.join(silent)} was lost: no sign of life for {patience:g} s. {GO_ON}")
+            _end_now(cli.EXIT_BAD_INPUT)
+
+
+def _end_now(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a regular end would wait for messages that never come
 
 
 # words left in the store: it may be gone, with the machine that kept it
@@ -153,7 +187,7 @@ def _has_word(kind: str, rank: int) -> bool:
 
 
 def _read_word(kind: str, rank: int) -> str:
-    return _store.get(f"{kind}/{rank}").decode() if _store is not None else ""
+    return _store.get(f"{kind}/{rank}").decode() if _store is not None and _has_word(kind, rank) else ""
 
 
 def _first_to_tell(text: str) -> bool:

@@ -70,7 +70,9 @@ class ATMoE(nn.Module):
         self.num_heads = num_heads
         self.gate = Gate(embed_dim, num_heads)
         self.experts = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.Linear(width, width), QuickGELU(), SyncedBatchNorm1d(width)) for _ in SUBSETS)
+            nn.ModuleList(
+                nn.Sequential(nn.Linear(width, width), QuickGELU(), SyncedBatchNorm1d(width)) for _ in SUBSETS
+            )
             for _ in range(num_heads)
         )
 

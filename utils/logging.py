@@ -37,6 +37,8 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
     root.setLevel(logging.WARNING)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level if is_main() else logging.WARNING)
+    if not is_main():
+        logging.getLogger("configs").setLevel(logging.ERROR)  # all ranks read the same file
 
     console = _ConsoleHandler()
     who = "" if is_main() else f"rank {rank()} "
