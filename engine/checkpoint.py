@@ -121,7 +121,7 @@ class TrainState:
         }
 
     def save(self, path: Path, *also: Path) -> None:
-        """Writes the checkpoint to `path`, and the same file under the names `also`; all ranks call, the main writes."""
+        """Writes the checkpoint to `path`, and the same file under the names `also`; all ranks call, one writes."""
         state = self.state_dict()
         if is_main():
             save_file(state, path)

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """The device that MODEL.DEVICE names; "auto" takes CUDA, then MPS, then the CPU. Each rank has a card of its own.
+    """The device that MODEL.DEVICE names; "auto" takes CUDA, then MPS, then the CPU. A rank has a card of its own.
 
     Raises:
         UserError: the device is not there, or the machine has an NVIDIA card that this build of torch cannot use. Such
@@ -33,8 +33,8 @@ def select_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if local_world_size() > 1 and (device.index is not None or name == "mps"):
         raise UserError(
-            f"MODEL.DEVICE is {name!r}, one device for {local_world_size()} ranks. Set it to auto or cuda, and each takes a card of "
-            "its own; CUDA_VISIBLE_DEVICES chooses among the cards."
+            f"MODEL.DEVICE is {name!r}, one device for {local_world_size()} ranks. Set it to auto or cuda, and each "
+            "takes a card of its own; CUDA_VISIBLE_DEVICES chooses among the cards."
         )
     if is_launched() and name == "cuda":
         device = torch.device("cuda", local_rank())

@@ -1,6 +1,6 @@
 """What two ranks do in the tests of several processes: one start of both serves many checks.
 
-`python ranks.py rank world_size port folder config`: leaves rank_<n>.pt with what it found, and its runs, in the folder.
+`python ranks.py rank world_size port folder config` leaves rank_<n>.pt with what it found, and its runs, in the folder.
 """
 
 import sys
@@ -27,11 +27,13 @@ from utils.errors import Interrupted, UserError
 from utils.seed import seed_everything
 
 EQUAL = ["MODEL.HDM", "True", "MODEL.ATM", "True", "MODEL.HEAD", "2", "MODEL.DROP_PATH", "0", "SOLVER.LOG_PERIOD", "1"]
-EQUAL += ["SOLVER.EVAL_PERIOD", "100", "SOLVER.MAX_EPOCHS", "7", "SOLVER.GRAD_CLIP", "5.0", "SOLVER.EMA_DECAY", "0.9"]
+EQUAL += ["SOLVER.EVAL_PERIOD", "100", "SOLVER.MAX_EPOCHS", "9", "SOLVER.GRAD_CLIP", "5.0", "SOLVER.EMA_DECAY", "0.9"]
 """20 steps or more without anything random."""
 PARTS = ["SOLVER.ACCUMULATION", "2", "MODEL.SDTPS_WARMUP_EPOCHS", "1", "SOLVER.MAX_EPOCHS", "2", "MODEL.DROP_PATH", "0"]
 PARTS += ["SOLVER.IMS_PER_BATCH", "12", "SOLVER.LOG_PERIOD", "1", "SOLVER.EVAL_PERIOD", "2"]
-"""Micro-batches, and a warm-up in which SDTPS has no gradient."""
+PARTS += ["SOLVER.OPTIMIZER_NAME", "SGD", "SOLVER.BASE_LR", "0.01", "SOLVER.BACKBONE_LR", "0.01"]
+"""Micro-batches, and a warm-up in which SDTPS has no gradient. Adam's first steps are as long where a gradient is
+nothing but rounding, and the waiting branch sees these directions; so SGD."""
 RANDOM = ["MODEL.DROP_PATH", "0.5", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.LOG_PERIOD", "1"]
 RANDOM += ["SOLVER.MAX_EPOCHS", "4", "SOLVER.EVAL_PERIOD", "4"]
 

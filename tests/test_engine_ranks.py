@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 from conftest import TINY
+from test_engine_resume import assert_same_state
 from torch import nn
 
 from configs import load_cfg
@@ -20,7 +21,6 @@ from engine.parallel import idle_parameters
 from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
 from solver import make_loss
-from test_engine_resume import assert_same_state
 from utils.checkpoint import read_file
 from utils.logging import read_metrics
 
@@ -55,7 +55,7 @@ def runs(config) -> Path:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(2)
     ]
     told = [process.communicate(timeout=120)[0] for process in both]
@@ -121,7 +121,7 @@ def test_alone_it_is_batch_norm_and_compiles_in_one_piece():
 # training
 
 
-@pytest.mark.parametrize(("run", "steps"), [("equal", 18), ("parts", 3)])
+@pytest.mark.parametrize(("run", "steps"), [("equal", 20), ("parts", 3)])
 def test_two_ranks_are_one_process_with_the_whole_batch(runs, found, config, run, steps):
     """SDTPS, HDM and ATMoE, clipping and moving average; then micro-batches and a branch that waits."""
     alone = runs / f"{run}_alone"
