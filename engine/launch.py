@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -46,14 +48,19 @@ def launch(main: Callable[[], object], debug: bool = False) -> int:
     if not distributed.is_launched():
         return cli.run(main, debug)
     signal.signal(signal.SIGTERM, _end_soon)
-    code = cli.run(lambda: _as_rank(main), debug, _tell)
+    try:
+        code = cli.run(lambda: _as_rank(main), debug, _tell)
+    except Exception:  # under --debug
+        traceback.print_exc()
+        code = cli.EXIT_UNEXPECTED
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # torchrun ends the others as soon as one has ended
     _ended.set()
-    if code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM) and distributed.is_joined():
+    if code not in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        _end_now(code)
+    if distributed.is_joined():
         _leave_together()
-        return code
-    return _end_now(code)
+    return code
 
 
 def join_ranks(device: torch.device, patience: float) -> None:
@@ -161,7 +168,7 @@ def _watch(patience: float) -> None:
             _end_now(cli.EXIT_BAD_INPUT)
 
 
-def _end_now(code: int) -> None:
+def _end_now(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

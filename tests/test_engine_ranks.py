@@ -17,11 +17,13 @@ from configs import load_cfg
 from data import make_dataloader
 from data.sampler import IdentityBatchSampler
 from engine import evaluate
+from engine.device import select_device
 from engine.parallel import idle_parameters
 from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
 from solver import make_loss
 from utils.checkpoint import read_file
+from utils.errors import UserError
 from utils.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +118,22 @@ def test_alone_it_is_batch_norm_and_compiles_in_one_piece():
     norm = SyncedBatchNorm1d(5)
     assert norm.state_dict().keys() == nn.BatchNorm1d(5).state_dict().keys()
     torch.compile(norm, backend="eager", fullgraph=True)(x)
+
+
+# which card
+
+
+@pytest.mark.parametrize(
+    ("device", "cards", "told"),
+    [("cuda:0", 2, "one device for 2 ranks"), ("cuda", 1, "2 ranks on this machine, and 1 CUDA devices")],
+)
+def test_a_card_for_each_rank(monkeypatch, device, cards, told):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(UserError, match=told):
+        select_device(device)
 
 
 # training

@@ -16,23 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import TINY, write_rgbnt201
+from conftest import TINY, write_rgbnt201  # noqa: E402
 
 LIMIT = 60.0
 """Seconds within which a run has to end."""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(config: Path, out: Path, *opts: str, launcher: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
-    command = [*TORCHRUN, *launcher, "--nproc_per_node", "2", "train_net.py", "--config_file", str(config)]
+def start(config: Path, out: Path, *opts: str) -> subprocess.Popen:
+    command = [*TORCHRUN, "--nproc_per_node", "2", "train_net.py", "--config_file", str(config)]
     command += ["OUTPUT_DIR", str(out), "SOLVER.EVAL_PERIOD", "1000", *opts]
-    log = open(f"{out}.log", "w")
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with open(f"{out}.log", "w") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def wait_for(pattern: str, log: Path, seconds: float = 90) -> re.Match:
