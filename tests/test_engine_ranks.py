@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("ranks")  # one process starts the ranks, for all tests
 
 
 def free_port() -> int:
