@@ -57,7 +57,7 @@ train: venv $(DATA) ## train CONFIG, by default SDTPS on sample data; goes on wh
 	"$(PY)" train_net.py --config_file $(CONFIG) $(RESUME) $(OPTS)
 
 test: venv-dev ## run the tests (CPU, a few minutes)
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n 2
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n 2 --dist loadgroup
 
 lint: venv-dev ## ruff and mypy
 	"$(PY)" -m ruff check .

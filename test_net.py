@@ -10,10 +10,11 @@ from data import make_dataloader
 from engine import do_inference
 from engine.checkpoint import config_changes
 from engine.device import select_device
+from engine.launch import join_ranks, launch
 from modeling import make_model
 from modeling.foreign import stored_sizes
 from utils.checkpoint import load_weights, read_file, state_dict_in
-from utils.cli import parse_args, run
+from utils.cli import parse_args
 from utils.errors import UserError
 from utils.logging import setup_logging
 from utils.seed import seed_everything
@@ -32,6 +33,7 @@ def main(config_file: str, opts: list[str]) -> None:
     if not cfg.TEST.WEIGHT:
         raise UserError("TEST.WEIGHT is empty: add TEST.WEIGHT <checkpoint> to the command, see --help.")
     device = select_device(cfg.MODEL.DEVICE)
+    join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
     data = make_dataloader(cfg, train=False)
     stored = read_file(cfg.TEST.WEIGHT)
@@ -52,4 +54,4 @@ def main(config_file: str, opts: list[str]) -> None:
 
 if __name__ == "__main__":
     args = parse_args(__doc__, EXAMPLES)
-    sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))
+    sys.exit(launch(lambda: main(args.config_file, args.opts), args.debug))

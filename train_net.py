@@ -7,10 +7,11 @@ from data import make_dataloader
 from engine import do_train
 from engine.checkpoint import read_start
 from engine.device import select_device
+from engine.launch import join_ranks, launch
 from engine.output import check_output_dir
 from modeling import make_model
 from solver import create_scheduler, make_loss, make_optimizer
-from utils.cli import parse_args, run
+from utils.cli import parse_args
 from utils.logging import setup_logging
 from utils.seed import seed_everything
 
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml
   python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml MODEL.SDTPS_SPARSE_RATIO 0.7 OUTPUT_DIR runs/r07
   python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT runs/RGBNT201/DeMo_SDTPS/last.pth
+  torchrun --nproc_per_node 2 train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml
 """
 
 
@@ -25,6 +27,7 @@ def main(config_file: str, opts: list[str]) -> None:
     setup_logging()
     cfg = load_cfg(config_file, opts)
     device = select_device(cfg.MODEL.DEVICE)
+    join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     start = read_start(cfg.TEST.WEIGHT)
     check_output_dir(cfg, start.path if start else None)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
@@ -39,4 +42,4 @@ def main(config_file: str, opts: list[str]) -> None:
 
 if __name__ == "__main__":
     args = parse_args(__doc__, EXAMPLES)
-    sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))
+    sys.exit(launch(lambda: main(args.config_file, args.opts), args.debug))

@@ -197,6 +197,9 @@ KEYS: dict[str, dict[str, Key]] = {
         ),
         "GRAD_CHECKPOINT": Key(False, "recompute the backbone's activations in the backward pass: less memory, slower"),
         "DETERMINISTIC": Key(False, "deterministic algorithms only: the same numbers in every run, slower on a GPU"),
+        "RANK_TIMEOUT": Key(
+            25, "seconds in a step after which a rank that does not answer ends a run of several ranks", within=_COUNT
+        ),
         "REINIT": Key(
             [], "parts that start anew although the checkpoint holds them in another shape, such as [sdtps, classifier]"
         ),

@@ -16,6 +16,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from utils.distributed import local_world_size
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -80,7 +81,7 @@ def choose_cache(requested: str, sources: Sequence[PixelSource], *, cuda: bool, 
     if requested not in ("auto", "memory"):
         return requested
     needed, free = sum(source.nbytes for source in sources), free_memory()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun; each of them has a cache of its own
+    processes = local_world_size()  # each of them has a cache of its own
     size = f"{_size(needed)} of decoded images" + (f" in each of {processes} processes" if processes > 1 else "")
     if requested == "memory":
         if free is not None and needed * processes > free:

@@ -1,6 +1,7 @@
 """Batches of aligned RGB, NI and TI images, for training by identity and for evaluation in a fixed order."""
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from yacs.config import CfgNode
 
+from utils.distributed import from_main, local_rank, local_world_size, rank, share, world_size
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -97,6 +99,8 @@ class TrainLoader:
 class EvalLoader:
     """Every distinct triple of query and gallery once, in a fixed order.
 
+    Of several ranks, each iterates over its share of that order, see `utils.distributed.share`.
+
     Attributes:
         indices: what a pass goes through of that order, all unless it is set to less.
         query, gallery: int64 indices into that order.
@@ -173,28 +177,33 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
     names = cfg.DATASETS.NAMES
     splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
+    if len(evaluated) < world_size():
+        raise UserError(
+            f"{len(evaluated)} test images for {world_size()} ranks: start at most {len(evaluated)} processes."
+        )
     workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
     cuda = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
     augment, prepare = make_transforms(cfg)
 
-    ordered = BatchSampler(range(len(evaluated)), cfg.TEST.IMS_PER_BATCH, drop_last=False)
+    ordered = BatchSampler(share(len(evaluated)), cfg.TEST.IMS_PER_BATCH, drop_last=False)
     sources = [PixelSource(f"{splits.name}_test", evaluated, prepare.size, prepare.resample)]
     if train:
         labelled = _labelled(splits)
+        _check_divides(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION, cfg.DATALOADER.NUM_INSTANCE)
         by_identity = _identity_sampler(cfg, labelled)
         sources.append(PixelSource(f"{splits.name}_train", labelled, augment.size, augment.resample))
 
-    cache = choose_cache(cfg.DATALOADER.CACHE, sources, cuda=cuda, train=train)
+    cache = from_main(lambda: choose_cache(cfg.DATALOADER.CACHE, sources, cuda=cuda, train=train))
     val: DataLoader | CachedBatches
     training: DataLoader | CachedBatches | None = None
     if cache == "off":
-        if train and cfg.DATASETS.CHECK:
+        if train and cfg.DATASETS.CHECK and local_rank() == 0:
             check_images(splits.train + evaluated, workers)
         options = _worker_options(workers, cfg.TEST.IMS_PER_BATCH, prepare.size, cuda)
         val = DataLoader(TripleDataset(evaluated, prepare), batch_sampler=ordered, **options)
         if train:
             triples = AugmentedDataset(TripleDataset(labelled, augment), cfg.SOLVER.SEED)
-            options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH, augment.size, cuda)
+            options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH // world_size(), augment.size, cuda)
             stay = options["num_workers"] > 0
             training = DataLoader(triples, batch_sampler=by_identity, persistent_workers=stay, **options)
     else:
@@ -225,12 +234,33 @@ def _identity_sampler(cfg: CfgNode, samples: Sequence[Sample]) -> IdentityBatchS
         ids_per_batch=cfg.SOLVER.IMS_PER_BATCH // cfg.DATALOADER.NUM_INSTANCE,
         instances=cfg.DATALOADER.NUM_INSTANCE,
         seed=cfg.SOLVER.SEED,
+        rank=rank(),
+        world_size=world_size(),
+        parts=cfg.SOLVER.ACCUMULATION,
+    )
+
+
+def _check_divides(batch: int, parts: int, instances: int) -> None:
+    ranks = world_size()
+    if batch % (ranks * parts) == 0:
+        return
+    unit = math.lcm(ranks * parts, parts * instances)
+    below = batch // unit * unit
+    fits = f"{below} or {below + unit}" if below else str(unit)
+    raise UserError(
+        f"SOLVER.IMS_PER_BATCH {batch} is the batch of all ranks together, and cannot be divided among {ranks} ranks x "
+        f"{parts} micro-batches (SOLVER.ACCUMULATION). Set SOLVER.IMS_PER_BATCH to {fits}, or start another number of "
+        "processes."
     )
 
 
 def count_workers(requested: int) -> int:
-    """DATALOADER.NUM_WORKERS as worker processes: -1 leaves one core free, and more than the cores are not started."""
+    """DATALOADER.NUM_WORKERS as worker processes of this rank: -1 leaves it one core free.
+
+    More than its cores are not started; the ranks of a machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // local_world_size())
     if requested < 0:
         return cores - 1
     if requested > cores:
@@ -242,7 +272,7 @@ def _worker_options(workers: int, batch_size: int, size: Sequence[int], pin_memo
     """Options of DataLoader common to training and evaluation; fewer workers where shared memory is too small."""
     if workers and os.path.isdir(SHARED_MEMORY):
         batch_bytes = 4 * batch_size * len(MODALITIES) * 3 * size[0] * size[1]
-        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes)
+        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes * local_world_size())
         if affordable < workers:
             logger.warning(
                 "%s has room for the batches of %d workers instead of %d; in a container, start it with more "

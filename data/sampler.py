@@ -66,13 +66,34 @@ class IdentityBatchSampler(Sampler[list[Draw]]):
     """Yields the batches of one epoch, which `set_epoch` chooses, as lists of `Draw`.
 
     The epoch travels with every item, so that worker processes that outlive an epoch need not be told of it.
+
+    Args:
+        rank, world_size: which process of how many this is; each gets its slice, and positions stay those in the whole.
+        parts: micro-batches of a step; each is cut into slices of its own, so that the ranks' n-th parts together are
+            the n-th part of the whole batch.
     """
 
-    def __init__(self, pids: Sequence[int], ids_per_batch: int, instances: int, seed: int):
+    def __init__(
+        self,
+        pids: Sequence[int],
+        ids_per_batch: int,
+        instances: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: int = 1,
+    ):
+        size = ids_per_batch * instances
+        if size % (parts * world_size):
+            raise ValueError(f"a batch of {size} cannot be cut into {parts} x {world_size} equal pieces")
         self.pids = pids
         self.ids_per_batch = ids_per_batch
         self.instances = instances
         self.seed = seed
+        piece = size // (parts * world_size)
+        starts = [(part * world_size + rank) * piece for part in range(parts)]
+        self.places = [start + i for start in starts for i in range(piece)]
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -88,4 +109,5 @@ class IdentityBatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         size = self.ids_per_batch * self.instances
         for step in range(self.start_step, len(self.batches)):
-            yield [Draw(index, self.epoch, step * size + i) for i, index in enumerate(self.batches[step])]
+            batch = self.batches[step]
+            yield [Draw(batch[place], self.epoch, step * size + place) for place in self.places]

@@ -17,8 +17,10 @@ import configs
 from engine.background import CheckpointWriter
 from engine.meters import Meters
 from utils.checkpoint import has_part, load_weights, read_file
+from utils.distributed import gather_objects, is_main, rank
 from utils.errors import UserError
 from utils.files import save_copy
+from utils.seed import rank_seed, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,10 @@ class TrainState:
     """Epochs whose numbered checkpoints this run wrote into OUTPUT_DIR; the older ones may be pruned already."""
 
     def state_dict(self) -> dict:
-        """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`."""
+        """The checkpoint; tensors and plain values only, so that it loads with `weights_only=True`.
+
+        Of several ranks, all must call: random states and meters are those of each.
+        """
         names = _parameter_names(self.model, self.optimizer)
         optimizer = self.optimizer.state_dict()
         return {
@@ -114,13 +119,13 @@ class TrainState:
             "best": self.best,
             "numbered": list(self.numbered),
             "meters": self.meters.state_dict() if self.step else None,
-            "rng": _random_states(),
+            "rng": gather_objects(_random_states()),
             "config": configs.dump(self.cfg),
             "identities": list(self.identities),
         }
 
     def save(self, writer: CheckpointWriter, path: Path, *also: Path) -> None:
-        """Has the checkpoint written to `path`, and the same file under the names `also`.
+        """Has the checkpoint written to `path`, and the same file under the names `also`; all ranks call, one writes.
 
         Where a numbered one is among these, the oldest beyond SOLVER.KEEP_CHECKPOINTS are removed after it is written.
         """
@@ -128,7 +133,9 @@ class TrainState:
         if self._numbered(path, self.epoch) in also:
             self.numbered = [*(n for n in self.numbered if n < self.epoch), self.epoch]
             surplus = [self._numbered(path, n) for n in self.numbered[:-keep]] if keep else []
-        writer.save(self.state_dict(), path, *also, surplus=surplus)
+        state = self.state_dict()
+        if is_main():
+            writer.save(state, path, *also, surplus=surplus)
 
     def _numbered(self, path: Path, epoch: int) -> Path:
         return path.with_name(f"{self.cfg.MODEL.NAME}_{epoch}.pth")
@@ -182,25 +189,29 @@ class TrainState:
             self.numbered = [n for n in state.get("numbered", ()) if isinstance(n, int)]
         if state["meters"]:
             self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
-        _set_random_states(state["rng"])
+        self._restore_random_states(state["rng"])
         place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
         return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
 
-    def keep_copies(self, start: Start, out: Path) -> None:
+    def keep_copies(self, start: Start, out: Path) -> dict | None:
         """Sees to it that the copies of this state lie in `out`, to which a run that was killed may not have come: the
-        numbered one, and the best so far. Where the best cannot be had, it is sought anew."""
+        numbered one, and the best so far. Where the best cannot be had, it is sought anew.
+
+        Returns:
+            The metrics of the best so far.
+        """
         numbered = self._numbered(out / start.path.name, self.epoch)
         if self.epoch in self.numbered and self.step == 0 and not numbered.exists():
             save_copy(start.path, numbered)
         best = out / f"{self.cfg.MODEL.NAME}best.pth"
         if self.best is None or self._is_best(best):
-            return
+            return self.best
         for path in (start.path, start.path.with_name(best.name)):
             if self._is_best(path):
                 save_copy(path, best)
-                return
+                return self.best
         log.info("the best checkpoint so far (epoch %d) is not at hand: seeking anew", self.best["epoch"])
-        self.best = None
+        return None
 
     def _is_best(self, path: Path) -> bool:
         """Whether a file is the checkpoint of the evaluation that `best` tells."""
@@ -210,6 +221,14 @@ class TrainState:
             return False
         best = self.best or {}
         return (state.get("best"), state.get("epoch"), state.get("step")) == (best, best.get("epoch"), 0)
+
+    def _restore_random_states(self, stored: dict | list[dict]) -> None:
+        """Each rank goes on with its own states; one that the stored run did not have gets new ones."""
+        ranks = stored if isinstance(stored, list) else [stored]  # one process, before there were ranks
+        if rank() < len(ranks):
+            _set_random_states(ranks[rank()])
+        else:
+            seed_everything(rank_seed(self.cfg.SOLVER.SEED, self.global_step, rank()))
 
     def _check_identities(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
         if tuple(state["identities"]) != tuple(self.identities) and not {"classifier", "heads"} & set(reinit):
@@ -263,7 +282,7 @@ def _random_states() -> dict:
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the card in use
     }
 
 
@@ -273,5 +292,5 @@ def _set_random_states(states: dict) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0])

@@ -44,21 +44,16 @@ def compile_training(
     start = time.perf_counter()
     # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
     torch._functorch.config.enable_autograd_cache = False
-    switch(model, loss_fn, True)
+    compile_regions(model, loss_fn)
     try:
         _without_trace(model, lambda: _blank_step(cfg, model, loss_fn, dtype, batch_size))
     except Exception as error:
-        switch(model, loss_fn, False)
+        compile_regions(model, loss_fn, enable=False)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("not compiled, so training is slower: %s: %s", type(error).__name__, reason)
         return False
     log.info("compiled for training (%.0f s)", time.perf_counter() - start)
     return True
-
-
-def switch(model: ReIDModel, loss_fn: ReIDLoss, enable: bool) -> None:
-    compile_regions(model, enable)
-    loss_fn.compiled = enable
 
 
 def _blank_step(cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int) -> None:

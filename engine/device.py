@@ -6,13 +6,14 @@ import subprocess
 
 import torch
 
+from utils.distributed import is_launched, local_rank, local_world_size, world_size
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """The device that MODEL.DEVICE names; "auto" takes CUDA, then MPS, then the CPU.
+    """The device that MODEL.DEVICE names; "auto" takes CUDA, then MPS, then the CPU. A rank has a card of its own.
 
     Raises:
         UserError: the device is not there, or the machine has an NVIDIA card that this build of torch cannot use. Such
@@ -30,15 +31,29 @@ def select_device(name: str = "auto") -> torch.device:
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
+    if local_world_size() > 1 and (device.index is not None or name == "mps"):
+        raise UserError(
+            f"MODEL.DEVICE is {name!r}, one device for {local_world_size()} ranks. Set it to auto or cuda, and each "
+            "takes a card of its own; CUDA_VISIBLE_DEVICES chooses among the cards."
+        )
+    if is_launched() and name == "cuda":
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
                 f"MODEL.DEVICE is {name!r}, but torch {torch.__version__} sees no CUDA device. Set MODEL.DEVICE auto "
                 "or cpu, or install a build of torch for your driver."
             )
+        if is_launched() and torch.cuda.device_count() < local_world_size():
+            raise UserError(
+                f"{local_world_size()} ranks on this machine, and {torch.cuda.device_count()} CUDA devices: start at "
+                "most as many processes (torchrun --nproc_per_node) as there are cards, or set MODEL.DEVICE cpu."
+            )
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"MODEL.DEVICE is {name!r}, but there are {torch.cuda.device_count()} CUDA devices.")
         try:
+            if device.index is not None:
+                torch.cuda.set_device(device)
             torch.zeros(1, device=device).add_(1).item()
         except RuntimeError as error:
             raise UserError(
@@ -85,4 +100,5 @@ def describe(device: torch.device, dtype: torch.dtype | None) -> str:
     """One line for the log: device, precision, version."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    return f"{device.type} ({card}), {precision}, torch {torch.__version__}"
+    ranks = f"{world_size()} ranks, each on " if world_size() > 1 else ""
+    return f"{ranks}{device.type} ({card}), {precision}, torch {torch.__version__}"

@@ -20,6 +20,7 @@ from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
 from modeling.regions import is_compiled, uncompiled
 from modeling.sdtps import Selection
+from utils.distributed import from_main, gather_objects, gather_rows, is_main
 from utils.files import read_json, save_text
 from utils.metrics import rank_features, rank_metrics
 from utils.modalities import MODALITIES
@@ -56,6 +57,13 @@ class Extraction:
     def joined(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self.features.items()}
 
+    def join_ranks(self) -> None:
+        """Brings what the ranks found on their shares to the main rank."""
+        self.features = {name: [gather_rows(rows)] for name, rows in self.joined().items()}
+        self.kept = [kept for share in gather_objects(self.kept) for kept in share]
+        if self.monitor is not None:
+            self.monitor.join_ranks()
+
 
 @torch.no_grad()
 def extract_features(
@@ -67,6 +75,8 @@ def extract_features(
     keep: Sequence[int] = (),
 ) -> dict[str, Extraction]:
     """Runs the backbone once over a loader, and what lies behind it once for each pattern of missing modalities.
+
+    Of several ranks, each runs over its share, and the main one gets what all of them found.
 
     Args:
         model: put into evaluation mode and back.
@@ -88,8 +98,11 @@ def extract_features(
         for pattern in missing
     }
     first, size = 0, 0
-    for batch in tqdm(loader.batches(device), desc="features", total=len(loader), leave=False, disable=None):
-        inside = [i - first for i in keep if first <= i < first + len(batch.pid)]
+    silent = None if is_main() else True
+    for batch in tqdm(loader.batches(device), desc="features", total=len(loader), leave=False, disable=silent):
+        places = loader.indices[first : first + len(batch.pid)]
+        inside = [row for row, place in enumerate(places) if place in keep]
+        first += len(batch.pid)
         size = max(size, len(batch.pid))
         last = is_compiled(model) and len(batch.pid) < size  # would be compiled anew
         regions = uncompiled(model) if last else nullcontext()
@@ -104,8 +117,9 @@ def extract_features(
                 if extraction.monitor is not None and output.selection is not None:
                     extraction.monitor.update(output.selection, batch.index)
                     extraction.kept += [Kept.of(batch.images, output.selection, i) for i in inside]
-        first += len(batch.pid)
     model.train(training)
+    for extraction in result.values():
+        extraction.join_ranks()
     return result
 
 
@@ -172,7 +186,8 @@ def evaluate_missing(
     dtype = autocast_dtype(cfg.SOLVER.AMP, next(model.parameters()).device)
     keep = sorted(set(torch.linspace(0, len(val.pids) - 1, pictures).long().tolist()))
     found = extract_features(model, val, dtype=dtype, missing=patterns, keep=keep)
-    return {pattern: _result(cfg, extraction, val, model.backbone.grid) for pattern, extraction in found.items()}
+    grid = model.backbone.grid
+    return from_main(lambda: {pattern: _result(cfg, extraction, val, grid) for pattern, extraction in found.items()})
 
 
 def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[int, int]) -> EvalResult:
@@ -200,8 +215,9 @@ def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> st
 
 
 def write_metrics(path: Path, **sections: dict) -> None:
-    """Puts sections into a metrics.json, keeping those that other commands wrote."""
-    save_text(json.dumps(read_json(path) | sections, indent=2) + "\n", path)
+    """Puts sections into a metrics.json, keeping those that other commands wrote; the main rank does."""
+    if is_main():
+        save_text(json.dumps(read_json(path) | sections, indent=2) + "\n", path)
 
 
 def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, dict[str, dict[str, float]]]:

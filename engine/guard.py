@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from utils.distributed import any_rank
 from utils.errors import UserError
 
 
@@ -16,7 +17,7 @@ class FiniteGuard:
     The verdict is a flag on the device. Without a gradient scaler the first bad step raises it for good: no later
     step changes weights or batch statistics, and `raise_if_bad` (called where the host reads back anyway, and before
     every save) stops the training and tells what was not finite, and when. With the fp16 scaler, overflow is part of
-    its search for a scale: such a step is skipped and counted.
+    its search for a scale: such a step is skipped and counted. All ranks come to the same verdict.
 
     Args:
         model: its floating buffers (batch statistics) are restored after a bad step.
@@ -67,7 +68,8 @@ class FiniteGuard:
             Whether this step was blocked, 0-d bool on the device.
         """
         losses = torch.stack([v.detach().float() for v in terms.values()])
-        bad_now = ~(losses.isfinite().all() & norms.isfinite().all())
+        bad_losses = any_rank(~losses.isfinite())  # gradients are those of all ranks already
+        bad_now = bad_losses.any() | ~norms.isfinite().all()
         if self.scaler.is_enabled():
             self.skipped += bad_now
             self.streak = torch.where(bad_now, self.streak + 1, 0)
@@ -78,8 +80,7 @@ class FiniteGuard:
             first = bad_now & ~self.bad
             self.bad_step = torch.where(first, step, self.bad_step)
             self.bad_grads = torch.where(first, ~norms.isfinite(), self.bad_grads)
-            terms_now = ~losses.isfinite()
-            self.bad_terms = terms_now if self.bad_terms is None else torch.where(first, terms_now, self.bad_terms)
+            self.bad_terms = bad_losses if self.bad_terms is None else torch.where(first, bad_losses, self.bad_terms)
             self.term_names = tuple(terms)
             self.bad |= bad_now
             blocked = self.bad

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from utils.distributed import gather_objects, is_main, rank, sum_over_ranks, world_size
+
 
 class Meters:
     """Means of named scalars over the steps since the last reset; a non-finite value is left out of its mean."""
@@ -25,12 +27,23 @@ class Meters:
         self.count += finite
 
     def read(self) -> dict[str, float]:
-        """The means, read back in one transfer; NaN for a value that was never finite."""
-        return dict(zip(self.names, (self.total / self.count).tolist(), strict=True))
+        """The means over all ranks, read back in one transfer; NaN for a value that was never finite."""
+        total, count = sum_over_ranks(torch.stack([self.total, self.count]))
+        return dict(zip(self.names, (total / count).tolist(), strict=True))
 
     def state_dict(self) -> dict:
-        return {"names": list(self.names), "total": self.total.clone().cpu(), "count": self.count.clone().cpu()}
+        """Names, and the sums of each rank as a row (R, names)."""
+        total, count = zip(*gather_objects((self.total.cpu(), self.count.cpu())), strict=True)
+        return {"names": list(self.names), "total": torch.stack(total), "count": torch.stack(count)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Takes each rank's own row; of a run with another number of ranks, the main rank takes the sum."""
         self.names = tuple(state["names"])
-        self.total, self.count = (state[key].clone().to(device) for key in ("total", "count"))
+        self.total, self.count = (self._own(state[key].to(device)) for key in ("total", "count"))
+
+    @staticmethod
+    def _own(rows: Tensor) -> Tensor:
+        rows = rows.reshape(-1, rows.shape[-1])
+        if len(rows) == world_size():
+            return rows[rank()].clone()
+        return rows.sum(0) if is_main() else torch.zeros_like(rows[0])

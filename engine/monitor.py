@@ -11,6 +11,7 @@ from modeling.regions import uncompiled
 from modeling.sdtps import Selection
 from solver.make_loss import ReIDLoss
 from solver.make_optimizer import group_of
+from utils.distributed import sum_over_ranks
 from utils.modalities import MODALITIES
 
 
@@ -87,6 +88,16 @@ class SelectionMonitor:
             for m in MODALITIES:
                 self.person_kept[m] = self.person_kept.get(m, 0) + (selection.mask[m] & person).sum()
 
+    def join_ranks(self) -> None:
+        """Puts together what the ranks have seen of their shares."""
+        sums = torch.stack(list(self.sums.values())).double()
+        self.images = int(sum_over_ranks(torch.tensor(self.images, device=sums.device)))
+        self.sums = dict(zip(self.sums, sum_over_ranks(sums), strict=True))
+        self.cells = {m: sum_over_ranks(count) for m, count in self.cells.items()}
+        if isinstance(self.person_patches, Tensor):
+            self.person_patches = sum_over_ranks(self.person_patches)
+            self.person_kept = {m: sum_over_ranks(count) for m, count in self.person_kept.items()}
+
     def read(self) -> dict[str, float]:
         """Means over the images, and over all their patches:
 
@@ -120,7 +131,7 @@ def score_gradient_probe(
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
     detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
     train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that float32
-    takes its place.
+    takes its place. Of several ranks, each looks at its own samples alone.
     """
     dtype = None if dtype is torch.float16 else dtype
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
@@ -131,7 +142,10 @@ def score_gradient_probe(
     try:
         for mode in (score_grad, "none"):
             model.sdtps.score_grad = mode
-            with uncompiled(model), torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
+            with (
+                uncompiled(model, loss_fn),
+                torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None),
+            ):
                 output = model(batch.images, batch.camid)
                 alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
                 loss, _ = loss_fn(alone, batch.pid, epoch)

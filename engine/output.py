@@ -8,6 +8,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 import configs
+from utils.distributed import is_main
 from utils.errors import UserError
 from utils.files import read_json, save_text
 from utils.logging import read_metrics
@@ -41,7 +42,7 @@ def check_output_dir(cfg: CfgNode, resume_from: Path | None) -> None:
 
 
 def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trains: bool = True) -> None:
-    """Makes OUTPUT_DIR ready for a run and writes the resolved config into it.
+    """Makes OUTPUT_DIR ready for a run and writes the resolved config into it; of several ranks, the main one does.
 
     A run that goes on from an earlier checkpoint of the same folder moves what came after that checkpoint into a
     folder `superseded` in it (the next time `superseded-2`, …); so does a fresh start after a run that left no
@@ -56,6 +57,8 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trai
     Raises:
         UserError: the folder holds another run, or cannot be written.
     """
+    if not is_main():
+        return
     check_output_dir(cfg, resume_from)
     out = Path(cfg.OUTPUT_DIR)
     try:

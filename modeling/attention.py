@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Self-attention of a ViT whose patches fill a power of two, as two Triton kernels.
 
 On 256x128 pixels a ViT attends over 128 patches and one class token. General kernels take tiles of 128 keys and spend a
@@ -40,7 +41,7 @@ class TiledAttention(Attention):
 
 def use_tiled_attention(vit: nn.Module, num_patches: int) -> None:
     """Lets the blocks of a timm ViT attend through the kernels, where there are some for its shape."""
-    blocks = [getattr(block, "attn", None) for block in vit.blocks]
+    blocks: list[Any] = [getattr(block, "attn", None) for block in vit.blocks]
     fits = triton is not None and vit.num_prefix_tokens <= MAX_PREFIX and num_patches in PATCHES
     if fits and all(type(a) is Attention and a.head_dim in HEAD_DIMS and _is_plain(a) for a in blocks):
         for attention in blocks:

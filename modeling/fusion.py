@@ -8,6 +8,7 @@ import torch
 from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
+from modeling.batch_norm import SyncedBatchNorm1d
 from utils.modalities import MODALITIES
 
 LETTERS = {m[0].lower(): m for m in MODALITIES}
@@ -47,7 +48,7 @@ class Gate(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Sequential(
-            nn.Linear(len(SUBSETS) * embed_dim, embed_dim), QuickGELU(), nn.BatchNorm1d(embed_dim)
+            nn.Linear(len(SUBSETS) * embed_dim, embed_dim), QuickGELU(), SyncedBatchNorm1d(embed_dim)
         )
         self.q = nn.Linear(embed_dim, embed_dim, bias=False)
         self.k = nn.Linear(embed_dim, embed_dim, bias=False)
@@ -69,7 +70,9 @@ class ATMoE(nn.Module):
         self.num_heads = num_heads
         self.gate = Gate(embed_dim, num_heads)
         self.experts = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.Linear(width, width), QuickGELU(), nn.BatchNorm1d(width)) for _ in SUBSETS)
+            nn.ModuleList(
+                nn.Sequential(nn.Linear(width, width), QuickGELU(), SyncedBatchNorm1d(width)) for _ in SUBSETS
+            )
             for _ in range(num_heads)
         )
 

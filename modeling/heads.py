@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from modeling.batch_norm import SyncedBatchNorm1d
+
 
 class BNNeck(nn.Module):
     """Batch normalisation without shift, then a linear classifier (Luo et al., Bag of Tricks for re-ID, 2019).
@@ -11,7 +13,7 @@ class BNNeck(nn.Module):
 
     def __init__(self, feature_dim: int, num_classes: int):
         super().__init__()
-        self.bottleneck = nn.BatchNorm1d(feature_dim)
+        self.bottleneck = SyncedBatchNorm1d(feature_dim)
         self.bottleneck.bias.requires_grad_(False)
         self.classifier = nn.Linear(feature_dim, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)

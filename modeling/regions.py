@@ -23,26 +23,28 @@ def region(method: Callable) -> Callable:
     return call
 
 
-def compile_regions(model: nn.Module, enable: bool = True) -> None:
-    """Switches the regions of a model and of its parts on or off; a copy of the model takes the switch along."""
-    for module in model.modules():
-        module.compiled = enable
+def compile_regions(*owners: Any, enable: bool = True) -> None:
+    """Switches the regions of models, with all their parts, and of other objects; a copy takes the switch along."""
+    for owner in owners:
+        for part in owner.modules() if isinstance(owner, nn.Module) else (owner,):
+            part.compiled = enable
 
 
-def is_compiled(module: object) -> bool:
-    """Whether the regions of a module are switched on."""
-    return getattr(module, "compiled", False)
+def is_compiled(owner: object) -> bool:
+    """Whether the regions of an object are switched on."""
+    return getattr(owner, "compiled", False)
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(*owners: Any) -> Iterator[None]:
     """Within it, the regions run as they are written: for calls with batches of another size."""
-    enabled = is_compiled(model)
-    compile_regions(model, False)
+    enabled = [is_compiled(owner) for owner in owners]
+    compile_regions(*owners, enable=False)
     try:
         yield
     finally:
-        compile_regions(model, enabled)
+        for owner, before in zip(owners, enabled, strict=True):
+            compile_regions(owner, enable=before)
 
 
 @functools.cache

@@ -222,7 +222,8 @@ class SDTPS(nn.Module):
         Raises:
             ValueError: the number of patches is not the one given at construction.
         """
-        return self.select(*(torch.stack([x[m] for m in MODALITIES]) for x in (tokens, globals_)), present)
+        v, g = (torch.stack([x[m] for m in MODALITIES]) for x in (tokens, globals_))
+        return self.select(v, g, present)
 
     def select(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Selection:
         """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""

@@ -89,12 +89,16 @@ class ReIDLoss:
         self.sdtps_weight = sdtps_weight
         self.sdtps_warmup_epochs = sdtps_warmup_epochs
 
-    def __call__(self, output: Any, pid: Tensor, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, output: Any, pid: Tensor, epoch: int, mined: tuple[dict[str, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch in an epoch (the first is 1).
 
         Args:
             output: has `logits`, head -> (B, num_classes), and `features`, which holds (B, D) under the same names.
             pid: (B,) labels from 0.
+            mined: features and labels of the batch in which triplets are sought, where that is more than this one:
+                the joined batch of all ranks.
 
         Returns:
             total: scalar, attached to the graph.
@@ -104,14 +108,15 @@ class ReIDLoss:
             UserError: every term has weight 0.
         """
         weighted, terms = [], {}
+        features, pids = mined or (output.features, pid)
         for head, logits in output.logits.items():
             branch_weight = self.branch_weight(head, epoch)
-            for name, weight, function, tensor in (
-                ("id", branch_weight * self.id_weight, self._identity_loss, logits),
-                ("triplet", branch_weight * self.triplet_weight, self._triplet_loss, output.features[head]),
+            for name, weight, function, tensor, labels in (
+                ("id", branch_weight * self.id_weight, self._identity_loss, logits, pid),
+                ("triplet", branch_weight * self.triplet_weight, self._triplet_loss, features[head], pids),
             ):
                 with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
-                    loss = function(tensor, pid)
+                    loss = function(tensor, labels)
                 terms[f"{name}/{head}"] = loss.detach()
                 if weight > 0:
                     weighted.append(weight * loss)

@@ -51,7 +51,7 @@ def config(root, workers=0, **datasets):
         ),
         DATASETS=SimpleNamespace(**{"NAMES": "RGBNT201", "ROOT_DIR": str(root), "CHECK": False} | datasets),
         DATALOADER=SimpleNamespace(NUM_WORKERS=workers, NUM_INSTANCE=2, CACHE="off", CACHE_DIR=""),
-        SOLVER=SimpleNamespace(SEED=1111, IMS_PER_BATCH=4),
+        SOLVER=SimpleNamespace(SEED=1111, IMS_PER_BATCH=4, ACCUMULATION=1),
         TEST=SimpleNamespace(IMS_PER_BATCH=4),
     )
 

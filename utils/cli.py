@@ -26,8 +26,13 @@ def parse_args(description: str, examples: str = "") -> argparse.Namespace:
     return args
 
 
-def run(main: Callable[[], object], debug: bool = False) -> int:
-    """Calls `main`; what a person can mend is shown as one message.
+def tell(text: str) -> None:
+    """Shows a message to the person who called the script."""
+    print(text, file=sys.stderr)
+
+
+def run(main: Callable[[], object], debug: bool = False, tell: Callable[[str], None] = tell) -> int:
+    """Calls `main`; what a person can mend is shown as one message, by `tell`.
 
     Returns:
         Exit code: 0, 2 for bad input, 128 + signal after an interruption, 1 for what should not happen.
@@ -37,18 +42,18 @@ def run(main: Callable[[], object], debug: bool = False) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return EXIT_BAD_INPUT
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
+        tell(str(interrupted))
         return 128 + interrupted.signum
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
         if debug:
             raise
         logging.getLogger("traceback").warning("unexpected error", exc_info=True)  # into the log file alone
-        print(f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        tell(f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where)")
         return EXIT_UNEXPECTED
     return 0

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from utils.distributed import is_main, rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "t
 def setup_logging(output_dir: str | Path | None = None, level: int = logging.INFO) -> None:
     """Send this project's log to the console and, given a folder, to its train.log, which is appended to.
 
-    Libraries are quiet: their warnings go to the file only, the console shows their errors. Calling this again
-    replaces what an earlier call set up.
+    Libraries are quiet: their warnings go to the file only, the console shows their errors. Of several ranks, the main
+    one logs; the others show their warnings on the console. Calling this again replaces what an earlier call set up.
 
     Raises:
         UserError: the folder cannot be written.
@@ -37,13 +38,16 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level if is_main() else logging.WARNING)
+    if not is_main():
+        logging.getLogger("configs").setLevel(logging.ERROR)  # all ranks read the same file
 
     console = _ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S"))
+    who = "" if is_main() else f"rank {rank()} "
+    console.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s: %(message)s", datefmt="%H:%M:%S"))
     console.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] in OWN_LOGGERS)
     root.addHandler(console)
-    if output_dir is not None:
+    if output_dir is not None and is_main():
         path = Path(output_dir) / "train.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ class MetricsWriter:
 
     A line is one JSON object: kind, step, epoch and the values, each a number or null (not finite). A resumed run
     appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run;
-    lines that found no room are written with the next one that does.
+    lines that found no room are written with the next one that does. Of several ranks, the main one writes.
 
     Args:
         output_dir: the folder of the run.
@@ -106,6 +110,7 @@ class MetricsWriter:
         self.board: Any = None
         self._complained: set[str] = set()
         self._unwritten = b""
+        self._writes = is_main()
         self.attempt(str(self.path), self._open_lines)
         self.attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
 
@@ -159,6 +164,8 @@ class MetricsWriter:
 
     def attempt(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """Writes something by a call, and whether that worked; a failure is told, once until it works again."""
+        if not self._writes:
+            return False
         try:
             call(*args, **kwargs)
             self._complained.discard(what)

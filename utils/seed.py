@@ -7,6 +7,11 @@ import numpy as np
 import torch
 
 
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of a rank's own: its dropout and dropped paths differ from those of the others."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seeds Python, NumPy and torch; `deterministic` also asks CUDA for kernels that give the same bits every time."""
     random.seed(seed)
