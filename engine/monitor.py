@@ -25,15 +25,14 @@ class PartNorms:
 
     def __init__(self, names: tuple[str, ...], device: torch.device):
         parts = [group_of(name).partition(".")[0] for name in names]
-        self.members = {
-            part: torch.tensor([float(p == part) for p in parts], device=device) for part in sorted(set(parts))
-        }
+        self.parts = (*sorted(set(parts)), "total")
+        members = [[part in (own, "total") for own in parts] for part in self.parts]
+        self.members = torch.tensor(members, device=device)  # (parts, P)
 
     def __call__(self, norms: Tensor) -> dict[str, Tensor]:
         """norms (P,) -> the norm of each part and the total, 0-d tensors on the device."""
-        squares = norms.square()
-        members = {**self.members, "total": torch.ones_like(squares)}
-        return {f"grad_norm/{part}": torch.where(m > 0, squares, 0.0).sum().sqrt() for part, m in members.items()}
+        totals = torch.where(self.members, norms.square(), 0.0).sum(dim=1).sqrt()
+        return {f"grad_norm/{part}": total for part, total in zip(self.parts, totals.unbind(), strict=True)}
 
 
 def selection_statistics(selection: Selection) -> dict[str, Tensor]:

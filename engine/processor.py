@@ -170,6 +170,7 @@ def do_train(
             # the epoch is over: evaluate, save
             mean = epoch_meters.read()
             log.info(f"Epoch {epoch} done. Loss: {mean['loss']:.3f}, Acc: {mean['acc']:.3f}")
+            writer.scalars(state.global_step, epoch, mean, kind="epoch")
             trained = time.perf_counter()
             epoch_meters.reset()
             state.epoch, state.step = epoch, 0
@@ -182,13 +183,9 @@ def do_train(
                 keep_results()
             evaluated = time.perf_counter()
             state.save(files, out / LAST, *copies)
-            ends = {
-                "train": trained - begin,
-                "evaluation": evaluated - trained,
-                "save": time.perf_counter() - evaluated,
-            }
-            seconds_of = {f"seconds/{part}": length for part, length in ends.items()}
-            writer.scalars(state.global_step, epoch, mean | seconds_of, kind="epoch")
+            saved = time.perf_counter()
+            spent = {"train": trained - begin, "evaluation": evaluated - trained, "save": saved - evaluated}
+            writer.scalars(state.global_step, epoch, spent, kind="seconds")
         files.finish()
         if "last" in results:
             keep_results()  # the disk may have been full when it was tried before

@@ -60,7 +60,7 @@ class TrainStep:
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                     loss, terms, output = self.objective(part, epoch)
                 guard.scaler.scale(loss / self.parts).backward()
-            for name, value in {"loss": loss, **terms, "acc": _accuracy(output, part.pid)}.items():
+            for name, value in {"loss": loss, **terms, "acc": accuracy(output, part.pid)}.items():
                 values[name] = values.get(name, 0) + value.detach() / self.parts
         guard.scaler.unscale_(guard.optimizer)
         norms = guard.gradient_norms()
@@ -78,7 +78,7 @@ def _micro_batches(batch: Batch, parts: int) -> list[Batch]:
     return [batch] if parts == 1 else [batch.part(i * size, (i + 1) * size) for i in range(parts)]
 
 
-def _accuracy(output: ReIDOutput, pid: Tensor) -> Tensor:
+def accuracy(output: ReIDOutput, pid: Tensor) -> Tensor:
     """Share of the batch that the classifier names rightly: `ori`'s, or `sdtps`'s where that is the only branch.
 
     Where each modality has its own head, their logits are summed.

@@ -206,7 +206,7 @@ GIB = 2**30
 )
 def test_auto_takes_a_bounded_share_of_the_memory(triples, free, processes, chosen, monkeypatch, caplog):
     monkeypatch.setattr(module, "free_memory", lambda: free)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(module, "local_world_size", lambda: processes)
     sources = [PixelSource("a", [None] * n, (256, 128), Image.Resampling.BICUBIC) for n in (triples - 800, 800)]
     assert sum(source.nbytes for source in sources) == triples * 9 * 256 * 128
     caplog.set_level(logging.INFO)

@@ -50,7 +50,7 @@ def config(root, tmp_path):
             DATALOADER=SimpleNamespace(
                 NUM_WORKERS=0, NUM_INSTANCE=2, CACHE=cache, CACHE_DIR=str(tmp_path / "cache") if cache == "disk" else ""
             ),
-            SOLVER=SimpleNamespace(SEED=1111, IMS_PER_BATCH=4),
+            SOLVER=SimpleNamespace(SEED=1111, IMS_PER_BATCH=4, ACCUMULATION=1),
             TEST=SimpleNamespace(IMS_PER_BATCH=4),
         )
 

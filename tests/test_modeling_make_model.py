@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.processor import _accuracy
+from engine.step import accuracy
 from modeling import make_model
 from solver import make_loss, make_optimizer
 from utils.modalities import MODALITIES
@@ -58,7 +58,7 @@ def test_direct_0_has_a_head_per_modality(tiny_cfg):
     assert list(out.logits) == ["RGB", "NI", "TI", "sdtps"]
     assert torch.equal(out.features["ori"], torch.cat([out.features[m] for m in MODALITIES], dim=-1))
     assert list(loss_of(cfg, model)[1]) == [f"{t}/{h}" for h in ("RGB", "NI", "TI", "sdtps") for t in ("id", "triplet")]
-    assert 0 <= float(_accuracy(out, batch()[2])) <= 1
+    assert 0 <= float(accuracy(out, batch()[2])) <= 1
 
 
 def test_a_missing_modality_is_a_zero_image_for_ori_and_absent_for_sdtps(tiny_cfg):
@@ -196,7 +196,7 @@ def test_sdtps_only(tiny_cfg):
     assert list(out.features) == ["sdtps"] and list(out.logits) == ["sdtps"] and model.branches == ("sdtps",)
     assert set(loss_of(cfg, model)[1]) == {"id/sdtps", "triplet/sdtps"}
     expected = (out.logits["sdtps"].argmax(-1) == batch()[2]).float().mean()
-    assert _accuracy(out, batch()[2]) == expected
+    assert accuracy(out, batch()[2]) == expected
 
 
 def test_warm_up_leaves_sdtps_alone_then_rises(tiny_cfg):

@@ -164,7 +164,11 @@ def difference(whole: Path, out: Path) -> str:
     if any(one[key] != two.get(key) for key in ("last", "best")):
         return "metrics.json"
     one, two = (
-        {(line["kind"], line["step"]): line.get("loss") for line in read_metrics(folder / "metrics.jsonl")}
+        {
+            (line["kind"], line["step"]): line.get("loss")
+            for line in read_metrics(folder / "metrics.jsonl")
+            if line["kind"] != "seconds"
+        }
         for folder in (whole, out)
     )
     if one != two:
