@@ -167,7 +167,7 @@ def difference(whole: Path, out: Path) -> str:
         {
             (line["kind"], line["step"]): line.get("loss")
             for line in read_metrics(folder / "metrics.jsonl")
-            if line["kind"] != "seconds"
+            if line["kind"] not in ("seconds", "diagnosis")
         }
         for folder in (whole, out)
     )
