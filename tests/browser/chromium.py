@@ -19,7 +19,7 @@ LOOK = """({
   pictures: document.images.length, broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
   svgs: document.querySelectorAll('svg').length,
   wide: [...document.querySelectorAll('body *')].filter(
-    e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg, .view')
+    e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, .entries, .triple, svg, .view")
   ).map(e => e.tagName + '.' + e.className).slice(0, 5),
 })"""
 
@@ -49,7 +49,13 @@ class Chromium:
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
 
-        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
+        flags = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        )
         words = [self.program, *flags, f"--user-data-dir={self._folder.name}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(words, preexec_fn=connect, close_fds=False, **quiet)
@@ -90,6 +96,7 @@ class Chromium:
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     setup_logging()
     start = time.perf_counter()
     runs = [read_run(folder, label, args.options) for folder, label in zip(args.runs, _labels(args.runs), strict=True)]
-    evaluations = [None if args.logs_only else _try_to_evaluate(run, args.weight) for run in runs]
+    evaluations = [None if args.logs_only else _try_to_evaluate(of_run, args.weight) for of_run in runs]
     name = "report.html" if len(runs) == 1 else f"report_with_{args.runs[1].resolve().name}.html"
     out = args.out or args.runs[0] / name
     try:
@@ -58,8 +58,9 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{out.parent}: cannot be made: {error}. Name another file with --out.") from error
     save_text(write_page(runs, evaluations), out)
-    for problem in (problem for run in runs for problem in run.missing):
-        log.warning("left out: %s", problem)
+    for of_run in runs:
+        for problem in of_run.missing:
+            log.warning("left out: %s", problem)
     log.info("wrote %s: %.1f MB in %.0f s", out, out.stat().st_size / 1e6, time.perf_counter() - start)
 
 

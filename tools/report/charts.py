@@ -85,7 +85,7 @@ def line_chart(
     return _figure(f"{title}{', ' + unit.strip() if unit else ''}", parts)
 
 
-def density_chart(title: str, edges: tuple[float, float], series: Sequence[Series], x_label: str) -> Html:
+def density_chart(title: Html, edges: tuple[float, float], series: Sequence[Series], x_label: str) -> Html:
     """Filled outlines of densities that are given at equal steps from one edge to the other."""
     high = max(value for line in series for _, value in line.points)
     x, y = Axis(*edges, LEFT - 30, WIDTH - RIGHT), Axis(0, high * 1.05, HEIGHT - BOTTOM, TOP)
@@ -95,7 +95,7 @@ def density_chart(title: str, edges: tuple[float, float], series: Sequence[Serie
         first, last = x(line.points[0][0]), x(line.points[-1][0])
         shape = f"{first},{y(0)} {middle} {last},{y(0)}"
         parts.append(tag("polygon", tag("title", line.label), points=shape, class_=f"area {line.colour}"))
-    return _figure(title, parts)
+    return _figure(title, parts, label=f"densities: {', '.join(line.label for line in series)}")
 
 
 def scatter_chart(
@@ -147,7 +147,7 @@ def _grid(x: Axis, y: Axis, x_label: str, with_y: bool = True) -> list[Html]:
         parts.append(tag("text", f"{value:g}", x=LEFT - 8, y=y(value) + 4, class_="end soft"))
     base = y.first
     parts.append(tag("line", x1=x.first, x2=x.last, y1=base, y2=base, class_="axis"))
-    for value in ticks(x.low, x.high, 6):
+    for value in [1.0] * (x_label == "rank") + ticks(x.low, x.high, 6):
         if x_label in ("epoch", "rank") and value != int(value):
             continue
         parts.append(tag("text", f"{value:g}", x=x(value), y=base + 16, class_="middle soft"))
@@ -155,6 +155,6 @@ def _grid(x: Axis, y: Axis, x_label: str, with_y: bool = True) -> list[Html]:
     return parts
 
 
-def _figure(title: str, parts: Sequence[Html], height: float = HEIGHT) -> Html:
-    drawing = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=title)
+def _figure(title: str | Html, parts: Sequence[Html], height: float = HEIGHT, label: str = "") -> Html:
+    drawing = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label or title)
     return tag("figure", tag("figcaption", title), drawing)

@@ -191,9 +191,7 @@ def _ranked(cfg: CfgNode, ranking: Ranking, val: EvalLoader) -> dict[str, list[R
         matches = ranking.same[query, near].tolist()
         images = val.gallery[near].tolist()
         entries = list(zip(images, distances, matches, strict=True))
-        return RankedQuery(
-            int(val.query[query]), float(ranking.precision[query]), int(ranking.first[query]), entries
-        )
+        return RankedQuery(int(val.query[query]), float(ranking.precision[query]), int(ranking.first[query]), entries)
 
     chosen = choose_queries(ranking, val.pids[val.query])
     return {name: [ranked(query) for query in queries] for name, queries in chosen.items()}

@@ -1,10 +1,11 @@
 """Markup in which nothing from a file can become markup: text is escaped unless it was made here."""
 
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-VOID = frozenset(("br", "hr", "img", "input", "meta"))
+VOID = frozenset(("br", "hr", "img", "input", "meta", "wbr"))
 """Elements without an end tag."""
 
 
@@ -48,8 +49,12 @@ def _cell(kind: str, content: Any) -> Html:
     return content if finished else tag(kind, content)
 
 
-def section(title: str, *children: Any, id_: str) -> Html:
-    return tag("section", tag("h2", title), *children, id=id_)
+def section(title: str, content: Html) -> Html:
+    return tag("section", tag("h2", title), content, id=anchor(title))
+
+
+def anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
 
 
 def note(*children: Any, kind: str = "note") -> Html:
@@ -58,6 +63,11 @@ def note(*children: Any, kind: str = "note") -> Html:
 
 def code(text: Any) -> Html:
     return tag("code", text)
+
+
+def key(name: str) -> Html:
+    """A config key, which may break behind its dots and underscores."""
+    return tag("code", Html(re.sub(r"([._])", r"\1<wbr>", escape(name))), class_="name-of-key")
 
 
 def details(title: Any, *children: Any) -> Html:

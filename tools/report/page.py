@@ -11,10 +11,10 @@ import torch
 from configs import diff, get_cfg
 from configs.validate import flatten
 from tools.report.evaluation import Evaluation
-from tools.report.html import Html, code, details, join, note, section, table, tag
-from tools.report.results import cards, curves, missing_modalities, verdict, warnings
+from tools.report.html import Html, anchor, code, details, join, key, note, section, table, tag
+from tools.report.results import cards, curves, missing_modalities, verdict
 from tools.report.run import Run
-from tools.report.samples import distances_and_map, patches, rank_curves, rankings
+from tools.report.samples import feature_map, patches, queries, rank_curves
 
 STYLE = Path(__file__).with_name("style.css")
 WHERE = ("OUTPUT_DIR", "TEST.WEIGHT")
@@ -23,16 +23,25 @@ WHERE = ("OUTPUT_DIR", "TEST.WEIGHT")
 
 def write_page(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -> str:
     """The whole page about one run or two; `evaluations` stand beside their runs, None where there is none."""
-    parts = [verdict(runs, evaluations), missing_modalities(runs), curves(runs), rank_curves(runs, evaluations)]
-    if len(runs) == 1 and evaluations[0] is not None:
-        parts += [rankings(evaluations[0]), patches(evaluations[0])]
-    parts += [distances_and_map(runs, evaluations), config(runs), made_with(runs, evaluations)]
-    parts = [part for part in parts if part]
+    alone = evaluations[0] if len(runs) == 1 else None
+    contents = {
+        "Verdict": join([verdict(runs, evaluations), left_out(runs)]),
+        "Missing modalities": missing_modalities(runs),
+        "Curves": curves(runs),
+        "Ranking and distances": rank_curves(runs, evaluations),
+        "Queries": queries(alone) if alone else None,
+        "Patches": patches(alone) if alone else None,
+        "Map": feature_map(runs, evaluations),
+        "Config": config(runs),
+        "Made with": made_with(runs, evaluations),
+    }
+    sections = {title: section(title, content) for title, content in contents.items() if content}
     title = " and ".join(run.label for run in runs)
     body = tag(
         "body",
-        tag("header", tag("h1", title), tag("p", join(_about(runs[0])), class_="soft"), cards(runs, evaluations)),
-        tag("main", warnings(runs), left_out(runs), *parts),
+        tag("header", tag("h1", title), tag("p", _about(runs[0]), class_="soft"), cards(runs, evaluations)),
+        tag("nav", *(tag("a", title, href=f"#{anchor(title)}") for title in sections), aria_label="contents"),
+        tag("main", *sections.values()),
     )
     head = tag(
         "head",
@@ -45,15 +54,15 @@ def write_page(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) ->
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _about(run: Run) -> list[str]:
+def _about(run: Run) -> str:
     """Data set, backbone and method in a line."""
     if run.cfg is None:
-        return [str(run.folder)]
+        return str(run.folder)
     m, size = run.cfg.MODEL, run.cfg.INPUT.SIZE_TEST
     parts = [run.cfg.DATASETS.NAMES, f"{m.TRANSFORMER_TYPE} at {size[0]} × {size[1]}"]
     parts += [f"SDTPS {m.SDTPS_SPARSE_RATIO:g} / {m.SDTPS_AGGR_RATIO:g}"] if m.USE_SDTPS else []
     parts += ["HDM and ATMoE"] if m.HDM and m.ATM else []
-    return [" · ".join([*parts, f"seed {run.cfg.SOLVER.SEED}"])]
+    return " · ".join([*parts, f"seed {run.cfg.SOLVER.SEED}"])
 
 
 def left_out(runs: Sequence[Run]) -> Html | None:
@@ -72,19 +81,21 @@ def config(runs: Sequence[Run]) -> Html | None:
     parts: list[Html] = []
     if len(known) == 2:
         changes = [c for c in diff(known[0].cfg, known[1].cfg) if c[0] not in WHERE]
-        rows = [[code(key), code(_value(a)), code(_value(b))] for key, a, b in changes]
+        rows = [[key(name), code(_value(a)), code(_value(b))] for name, a, b in changes]
         parts.append(tag("h3", "Differences between the runs"))
         parts.append(table(["key", *(run.label for run in known)], rows) if rows else note("None."))
     for run in known:
         changes = [c for c in diff(get_cfg(), run.cfg) if c[0] not in WHERE]
-        rows = [[code(key), code(_value(new)), tag("td", code(_value(old)), class_="soft")] for key, old, new in changes]
+        rows = [
+            [key(name), code(_value(new)), tag("td", code(_value(old)), class_="soft")] for name, old, new in changes
+        ]
         of = f" of {run.label}" if len(known) > 1 else ""
         shown = table(["key", "here", "default"], rows) if rows else note("None.")
-        whole = table(["key", "value"], [[code(key), code(_value(v))] for key, v in flatten(run.cfg).items()])
+        whole = table(["key", "value"], [[key(name), code(_value(v))] for name, v in flatten(run.cfg).items()])
         title = f"Differences{of} from the defaults ({len(rows)})"
         parts += [details(title, shown)] if len(known) > 1 else [tag("h3", title), shown]
         parts.append(details(f"Every key{of}", whole))
-    return section("Config", *parts, id_="config")
+    return join(parts)
 
 
 def _value(value: object) -> str:
@@ -107,7 +118,7 @@ def made_with(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -> 
         ["this page", f"{time.strftime('%Y-%m-%d %H:%M')}, commit {_commit()}"],
         ["by", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"],
     ]
-    return section("Made with", table(["", ""], rows, class_="facts"), id_="made-with")
+    return table(["", ""], rows, class_="facts")
 
 
 def _commit() -> str:

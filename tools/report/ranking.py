@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 ROWS = 256  # queries sorted at once
-BINS = 80
+BINS = 50
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,14 @@ class Separation:
 
 
 def separate(distance: Tensor, same: Tensor, left_out: Tensor) -> Separation:
-    """Compares the distances (Q, G) of same-identity pairs with those of other pairs."""
+    """Compares the distances (Q, G) of same-identity pairs with those of other pairs.
+
+    Raises:
+        UserError: there are no such pairs.
+    """
     pairs = [distance[same & ~left_out], distance[~same]]
+    if not all(len(p) for p in pairs):
+        raise UserError("the test images show one identity only: there is nothing to tell apart.")
     low, high = (float(f(torch.stack([f(p) for p in pairs]))) for f in (torch.amin, torch.amax))
     high = max(high, low + 1e-6)
     fine = [torch.histc(p, BINS * 50, low, high).double() for p in pairs]

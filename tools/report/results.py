@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from engine.output import CONFIG_FILE
 from tools.report.charts import Series, line_chart
 from tools.report.evaluation import Evaluation
-from tools.report.html import Html, code, details, join, note, section, table, tag
+from tools.report.html import Html, code, details, join, note, table, tag
 from tools.report.run import Metrics, Run
 from utils.modalities import MODALITIES
 
@@ -57,12 +58,14 @@ def duration(seconds: float) -> str:
 def verdict(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -> Html:
     """A sentence of what the figures show, and the figures."""
     if len(runs) == 1:
-        parts = [note(*_sentences(runs[0]), kind="lead"), _table_of_one(runs[0], evaluations[0])]
+        lead, figures = _sentences(runs[0]), _table_of_one(runs[0], evaluations[0])
     else:
-        parts = [note(*_comparison(runs), kind="lead"), _table_of_two(runs)]
-    caution = "mAP and Rank-k in %. The best epoch is chosen on the test images themselves, which flatters it; the last "
-    caution += "epoch is fixed beforehand. Nobody knows from a single run what another seed would have given."
-    return section("Verdict", *parts, note(caution), id_="verdict")
+        lead, figures = _comparison(runs), _table_of_two(runs)
+    caution = [
+        "mAP and Rank-k in %. The best epoch is chosen on the test images themselves, which flatters it; the last is "
+        "fixed beforehand. One run does not tell what another seed would have given."
+    ]
+    return join([note(*lead, kind="lead"), warnings(runs), figures, note(*caution, *_how_to_test_missing(runs))])
 
 
 def _sentences(run: Run) -> list[str | Html]:
@@ -80,8 +83,7 @@ def _sentences(run: Run) -> list[str | Html]:
         parts.append(_change(of["mAP"] - found["before"][1][branch]["mAP"]))
     parts.append(". ")
     best_epoch, best = found.get("best", (epoch, last))
-    if best_epoch != epoch:
-        ahead = best[branch]["mAP"] - of["mAP"]
+    if (ahead := best[branch]["mAP"] - of["mAP"]) >= 0.1:
         parts.append(f"Epoch {best_epoch} was the best, {ahead:.1f} points above the last. ")
     if alone := {name: row["mAP"] for name, row in last.items() if name != branch}:
         top = max(alone, key=lambda name: alone[name])
@@ -112,18 +114,29 @@ def _table_of_one(run: Run, evaluation: Evaluation | None) -> Html | None:
         return None
     rows = []
     for title, metrics in sections:
-        for i, (branch, row) in enumerate(metrics.items()):
-            first = tag("th", title, rowspan=len(metrics), class_="group") if i == 0 else None
-            cells = [tag("td", tag("span", branch, class_=f"key {colour(branch)}"))]
-            cells += [_figure(row[column], bar=column == "mAP") for column in COLUMNS]
-            rows.append(tag("tr", first, *cells, class_="first" if i == 0 else None))
-    head = tag("thead", tag("tr", tag("th", ""), tag("th", "branch"), *(tag("th", c, class_="n") for c in COLUMNS)))
+        rows.append(_group(title, 1 + len(COLUMNS)))
+        for branch, row in metrics.items():
+            rows.append(tag("tr", _branch(branch), *(_figure(row[c], bar=c == "mAP") for c in COLUMNS)))
+    return _verdict_table(COLUMNS, rows)
+
+
+def _verdict_table(columns: Sequence[str], rows: Sequence[Html]) -> Html:
+    head = tag("thead", tag("tr", tag("th", "branch"), *(tag("th", c, class_="n") for c in columns)))
     return tag("div", tag("table", head, tag("tbody", *rows), class_="verdict"), class_="scroll")
 
 
-def _figure(value: float, bar: bool = False) -> Html:
+def _group(title: str, columns: int) -> Html:
+    """A row that tells which evaluation the next rows are of."""
+    return tag("tr", tag("th", title, colspan=columns, scope="rowgroup"), class_="group")
+
+
+def _branch(branch: str) -> Html:
+    return tag("td", tag("span", branch, class_=f"key {colour(branch)}"))
+
+
+def _figure(value: float, more: str = "", bar: bool = False) -> Html:
     style = f"--share:{min(max(value, 0), 100):.1f}%" if bar else None
-    return tag("td", f"{value:.1f}", class_="n bar" if bar else "n", style=style)
+    return tag("td", f"{value:.1f}{more}", class_="n bar" if bar else "n", style=style)
 
 
 def _comparison(runs: Sequence[Run]) -> list[str | Html]:
@@ -156,19 +169,14 @@ def _table_of_two(runs: Sequence[Run]) -> Html | None:
         (epoch_a, a), (epoch_b, b) = sides
         told = title if when == "before" else f"{title} ({epoch_a}; {epoch_b})"
         branches = [name for name in KNOWN_BRANCHES if name in a or name in b]
-        for i, branch in enumerate(branches):
-            cells = [tag("td", tag("span", branch, class_=f"key {colour(branch)}"))]
-            for column in ("mAP", "R1"):
-                cells += _pair(a.get(branch, {}).get(column), b.get(branch, {}).get(column))
-            first = tag("th", told, rowspan=len(branches), class_="group") if i == 0 else None
-            rows.append(tag("tr", first, *cells, class_="first" if i == 0 else None))
+        rows.append(_group(told, 7))
+        for branch in branches:
+            values = [[side.get(branch, {}).get(column) for side in (a, b)] for column in ("mAP", "R1")]
+            rows.append(tag("tr", _branch(branch), *_pair(*values[0]), *_pair(*values[1])))
     if not rows:
         return None
-    names = [f"{column} {letter}" for column in ("mAP", "R1") for letter in ("A", "B", "B − A")]
-    names = [name.replace("mAP B − A", "B − A").replace("R1 B − A", "B − A") for name in names]
-    head = tag("thead", tag("tr", tag("th", ""), tag("th", "branch"), *(tag("th", n, class_="n") for n in names)))
     legend = note("A is ", code(runs[0].label), ", B is ", code(runs[1].label), ".")
-    return join([legend, tag("div", tag("table", head, tag("tbody", *rows), class_="verdict"), class_="scroll")])
+    return join([legend, _verdict_table(("mAP A", "B", "B − A", "R1 A", "B", "B − A"), rows)])
 
 
 def _pair(a: float | None, b: float | None) -> list[Html]:
@@ -206,20 +214,23 @@ def missing_modalities(runs: Sequence[Run]) -> Html | None:
         rows = [[_lacks(p), *(_two(found[p][b]) for b in branches)] for p in patterns]
         absent = [p for p in patterns if p != "nothing"]
         if len(absent) > 1:
-            means = {
-                b: {c: sum(found[p][b][c] for p in absent) / len(absent) for c in ("mAP", "R1")} for b in branches
-            }
-            rows.append([tag("th", f"mean of {len(absent)}"), *(_two(means[b]) for b in branches)])
+            means = {b: {c: sum(found[p][b][c] for p in absent) / len(absent) for c in ("mAP", "R1")} for b in branches}
+            rows.append([f"mean of {len(absent)}", *(_two(means[b]) for b in branches)])
         parts += [tag("h3", run.label)] if len(runs) > 1 else []
-        parts.append(table(["left out", *branches], rows))
+        head = [tag("th", tag("span", b, class_=f"key {colour(b)}"), class_="n") for b in branches]
+        parts.append(table(["left out", *head], rows, class_="verdict"))
     if parts:
         parts.append(note("mAP / Rank-1 in %."))
-    elif len(runs) == 1:
-        command = "python test_net.py --config_file … TEST.WEIGHT … TEST.MISS all"
-        parts.append(note("Not tested: ", code(command), " adds this table."))
-    else:
-        return None
-    return section("Missing modalities", *parts, id_="missing")
+    return join(parts) if parts else None
+
+
+def _how_to_test_missing(runs: Sequence[Run]) -> list[str | Html]:
+    """The command that a single run lacks for the table of missing modalities."""
+    run = runs[0]
+    if len(runs) > 1 or run.missing_modalities() or (weight := run.checkpoint()) is None:
+        return []
+    command = f"python test_net.py --config_file {run.folder / CONFIG_FILE} TEST.WEIGHT {weight} TEST.MISS all"
+    return [" Missing modalities were not tested: ", code(command), " adds their table."]
 
 
 def _lacks(pattern: str) -> str:
@@ -227,7 +238,7 @@ def _lacks(pattern: str) -> str:
 
 
 def _two(row: dict[str, float]) -> Html:
-    return tag("td", f"{row['mAP']:.1f} / {row['R1']:.1f}", class_="n")
+    return _figure(row["mAP"], f" / {row['R1']:.1f}", bar=True)
 
 
 def curves(runs: Sequence[Run]) -> Html | None:
@@ -263,11 +274,9 @@ def curves(runs: Sequence[Run]) -> Html | None:
     shades = ("c-ori", "c-moe", "c-sdtps", "c-both", "c-other", "c-train")
     parts = [legend(branches, runs), tag("div", *charts, class_="grid")]
     if terms:
-        of_terms = [
-            line_chart(name, lines({name: (name, shades[i % len(shades)])})) for i, name in enumerate(terms)
-        ]
+        of_terms = [line_chart(name, lines({name: (name, shades[i % len(shades)])})) for i, name in enumerate(terms)]
         parts.append(details("Every loss term", tag("div", *of_terms, class_="grid")))
-    return section("Curves", *parts, id_="curves")
+    return join(parts)
 
 
 def legend(branches: Sequence[str], runs: Sequence[Run]) -> Html:

@@ -57,7 +57,7 @@ class Run:
     missing: list[str] = field(default_factory=list)
 
     def evaluations(self) -> dict[str, tuple[int, Metrics]]:
-        """"before", "last", "best" -> epoch and metrics, as far as the run came."""
+        """ "before", "last", "best" -> epoch and metrics, as far as the run came."""
         found = {}
         for when in ("before", "last", "best"):
             if section := self.results.get(when):
@@ -83,8 +83,8 @@ class Run:
 
     def warnings(self) -> list[Warned]:
         """What the diagnosis found, each rule once."""
-        told = dict(re.findall(r"diagnosis (\w+): (.+)", self.log))  # the last of each
-        levels = dict((rule, level) for level, rule in re.findall(r" (\w+): diagnosis (\w+):", self.log))
+        lines = re.findall(r" (\w+): diagnosis (\w+): (.+)", self.log)
+        told = {rule: (level, message) for level, rule, message in lines}  # the last of each
         found: dict[str, Warned] = {}
         for line in self.lines:
             if line.get("kind") == "diagnosis":
@@ -93,7 +93,8 @@ class Run:
                     warned.value = line[rule]
                     warned.epochs.append(int(line["epoch"]))
         for rule, warned in found.items():
-            warned.message, warned.on_purpose = told.get(rule, ""), levels.get(rule) == "INFO"
+            level, warned.message = told.get(rule, ("", ""))
+            warned.on_purpose = level == "INFO"
         return sorted(found.values(), key=lambda warned: (warned.on_purpose, warned.epochs[0]))
 
     def train_values(self, name: str) -> list[float]:

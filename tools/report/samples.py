@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
+from PIL import Image
 
 from tools.report.charts import Series, density_chart, line_chart, scatter_chart
 from tools.report.evaluation import Evaluation, RankedQuery
-from tools.report.html import Html, code, join, note, section, table, tag
+from tools.report.html import Html, code, join, note, table, tag
 from tools.report.ranking import Separation
 from tools.report.results import colour, legend
 from tools.report.run import Run
@@ -16,6 +16,16 @@ from utils.pictures import draw_share
 
 RANKS = 20
 TITLES = {"best": "Best queries", "typical": "Typical queries", "worst": "Worst queries"}
+MEANINGS = {
+    "predicted_spread": "how differently the predictor scores the patches of an image; near 0: all alike",
+    "predicted_mean": "its mean score",
+    "kept_range": "best minus worst score among the kept patches",
+    "agreement": "patches that two modalities both keep, over those that either keeps",
+    "cell_spread": "0 where every place is kept alike; high where the place decides, whatever the image shows",
+    "person_recall": "share of the person's patches that were kept",
+    "person_precision": "share of the kept patches that are the person's",
+}
+"""What the statistics of SDTPS mean."""
 TOGGLES = {"images": "Images", "kept": "Kept patches", "scores": "Scores"}
 
 
@@ -41,18 +51,12 @@ def rank_curves(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -
         if evaluation is not None:
             charts.append(_distances(evaluation.separation, run.label if len(runs) > 1 else ""))
     told = [
-        f"{'' if len(runs) == 1 else run.label + ': '}of a pair of the same identity and one of different ones, taken at "
-        f"random, the same identity is nearer in {100 * evaluation.separation.ordered:.1f} %."
+        f"{f'In {run.label}, ' if len(runs) > 1 else ''}{100 * evaluation.separation.ordered:.1f} % of the pairs of "
+        "one identity are nearer than a pair of two identities taken at random."
         for run, evaluation in zip(runs, evaluations, strict=True)
         if evaluation is not None
     ]
-    keys = tag("p", _key("same identity", "c-same"), _key("other identity", "c-distinct"), class_="legend")
-    parts = [legend(branches, runs), tag("div", *charts, class_="grid"), keys, note(" ".join(told).capitalize())]
-    return section("Ranking and distances", *parts, id_="ranking")
-
-
-def _key(text: str, shade: str) -> Html:
-    return tag("span", text, class_=f"key {shade}")
+    return join([legend(branches, runs), tag("div", *charts, class_="grid"), note(" ".join(told))])
 
 
 def _distances(found: Separation, label: str) -> Html:
@@ -60,15 +64,19 @@ def _distances(found: Separation, label: str) -> Html:
     middles = [found.low + (i + 0.5) * step for i in range(len(found.same))]
     series = [
         Series(name, list(zip(middles, values.tolist(), strict=True)), shade)
-        for name, values, shade in (("other id", found.other, "c-distinct"), ("same id", found.same, "c-same"))
+        for name, values, shade in (
+            ("two identities", found.other, "c-distinct"),
+            ("same identity", found.same, "c-same"),
+        )
     ]
-    title = f"Distances of pairs{', ' + label if label else ''}"
+    keys = (tag("span", "same identity", class_="key c-same"), tag("span", "two identities", class_="key c-distinct"))
+    title = join([f"Distances of pairs{f', {label}' if label else ''}: ", *keys])
     return density_chart(title, (found.low, found.high), series, "distance")
 
 
-def rankings(evaluation: Evaluation) -> Html:
+def queries(evaluation: Evaluation) -> Html:
     """Each chosen query with its first gallery entries; buttons change what the pictures show."""
-    queries, gallery, identities = evaluation.counts
+    asked, gallery, identities = evaluation.counts
     pictures = {image: _pictures(look, evaluation) for image, look in evaluation.looks.items()}
     offered = [view for view in VIEWS if view in next(iter(pictures.values()))]
     buttons: list[Html] = []
@@ -82,13 +90,13 @@ def rankings(evaluation: Evaluation) -> Html:
         if group
     ]
     told = note(
-        f"{queries:,} queries of {identities:,} identities, {gallery:,} gallery images, ranked by ",
+        f"{asked:,} queries of {identities:,} identities, {gallery:,} gallery images, ranked by ",
         code(evaluation.branch),
-        f". Each picture shows {', '.join(MODALITIES)}; green is the query's identity, red another one, and below it "
-        "stand distance and file. Entries that the protocol leaves out of a query's gallery are not shown.",
+        f". Each picture shows {', '.join(MODALITIES)}; green is the query's identity, red another one; rank, distance "
+        "and file stand below. What the protocol leaves out of a query's gallery is not shown.",
     )
     switch = tag("div", *labels, class_="switch") if labels else None
-    return section("Rankings", told, *buttons, switch, tag("div", *lists, class_="lists"), id_="rankings")
+    return join([told, *buttons, switch, tag("div", *lists, class_="lists")])
 
 
 def _pictures(look: Look, evaluation: Evaluation) -> dict[str, Html]:
@@ -110,11 +118,11 @@ def _ranked(query: RankedQuery, evaluation: Evaluation, pictures: dict[int, dict
         tag("span", f"average precision {100 * query.precision:.1f} %, {first}"),
         tag("span", evaluation.names[query.image], class_="name"),
     )
-    asked = tag("figure", *_views(pictures[query.image]), title, class_="tile query")
+    asked = tag("figure", *pictures[query.image].values(), title, class_="tile query")
     entries = [
         tag(
             "figure",
-            *_views(pictures[image]),
+            *pictures[image].values(),
             tag(
                 "figcaption",
                 tag("span", tag("b", f"{rank} {'✓' if match else '✗'}"), f" {distance:.3f}", class_="rank"),
@@ -128,57 +136,53 @@ def _ranked(query: RankedQuery, evaluation: Evaluation, pictures: dict[int, dict
     return tag("div", asked, tag("div", *entries, class_="entries"), class_="ranked")
 
 
-def _views(pictures: dict[str, Html]) -> list[Html]:
-    return list(pictures.values())
-
-
 def patches(evaluation: Evaluation) -> Html | None:
     """What SDTPS kept on some queries, how it scored their patches, and where it looks on the whole."""
     if evaluation.kept_share is None:
         return None
-    shown = [queries[0].image for queries in evaluation.groups.values() if queries]
     blocks = []
-    for image in shown:
-        panels = views(evaluation.looks[image], evaluation.grid)
-        drawn = [
-            tag(
-                "figure",
-                tag("img", src=data_uri(picture := tile(panels[view])), alt="", width=picture.width, height=picture.height),
-                tag("figcaption", TOGGLES[view]),
-                class_="tile plain",
-            )
-            for view in VIEWS
-        ]
-        blocks.append(tag("div", *drawn, class_="triple", title=evaluation.names[image]))
-    share = draw_share(evaluation.kept_share, evaluation.grid)
-    cells = tile([part.contiguous() for part in _thirds(share)])
-    picture = tag("img", src=data_uri(cells, 90), alt="share of test images that keep each patch", class_="share")
-    told = note(
-        "Outlined patches are kept, the dark ones are dropped and fused into one token; scores go from dark blue (lowest "
-        f"of that picture) to light yellow (highest). {', '.join(MODALITIES)} from left to right or top to bottom.",
+    for name, group in evaluation.groups.items():
+        for query in group[:1]:
+            panels = views(evaluation.looks[query.image], evaluation.grid)
+            told = {
+                "images": f"{name.capitalize()} query, id {evaluation.pids[query.image]}",
+                "kept": "Kept",
+                "scores": "Scores",
+            }
+            drawn = [_plain(tile(panels[view]), told[view]) for view in VIEWS]
+            blocks.append(tag("div", *drawn, class_="triple", title=evaluation.names[query.image]))
+    share = tile([draw_share(of_one[None], evaluation.grid) for of_one in evaluation.kept_share])
+    cells = _plain(share, "Share of all test images that keep each patch: none is dark blue, all is light yellow")
+    text = note(
+        "Outlined patches are kept; the dark ones are dropped and fused into one token. Scores go from dark blue "
+        f"(lowest of that picture) to light yellow (highest). {', '.join(MODALITIES)} in this order.",
     )
-    where = tag("figure", picture, tag("figcaption", "Share of all test images that keep each patch"), class_="tile plain")
-    return section(
-        "Patches", told, *blocks, tag("div", where, _statistics(evaluation), class_="grid"), id_="patches"
-    )
+    return join([text, *blocks, tag("div", cells, _statistics(evaluation), class_="grid last")])
 
 
-def _thirds(picture: torch.Tensor) -> list[torch.Tensor]:
-    """The modalities' parts of a picture in which they stand side by side."""
-    width = (picture.shape[2] + 2) // len(MODALITIES)
-    return [picture[:, :, i * width :][:, :, : width - 2] for i in range(len(MODALITIES))]
+def _plain(picture: Image.Image, caption: str) -> Html:
+    image = tag("img", src=data_uri(picture, 85), alt=caption, width=picture.width, height=picture.height)
+    return tag("figure", image, tag("figcaption", caption), class_="tile plain")
 
 
 def _statistics(evaluation: Evaluation) -> Html:
-    names: dict[str, dict[str, float]] = {}
+    """What SDTPS chose over all test images, in figures."""
+    found: dict[str, list[str]] = {}
     for name, value in evaluation.statistics.items():
         _, statistic, of = name.split("/")
-        names.setdefault(statistic.replace("_", " "), {})[of] = value
-    rows = [[name, ", ".join(f"{of} {value:.3g}" for of, value in values.items())] for name, values in names.items()]
-    return table(["statistic", "value"], rows)
+        found.setdefault(statistic, []).append(f"{of} {value:.2f}")
+    rows = [
+        [
+            name.replace("_", " "),
+            tag("td", *(tag("div", value) for value in values), class_="n"),
+            MEANINGS.get(name, ""),
+        ]
+        for name, values in found.items()
+    ]
+    return table(["over all test images", "", ""], rows, class_="statistics")
 
 
-def distances_and_map(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -> Html | None:
+def feature_map(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -> Html | None:
     """The features of test images in the plane."""
     charts = []
     for run, e in zip(runs, evaluations, strict=True):
@@ -191,5 +195,8 @@ def distances_and_map(runs: Sequence[Run], evaluations: Sequence[Evaluation | No
         charts.append(scatter_chart(title, e.places.tolist(), pids, camids, names))
     if not charts:
         return None
-    told = note("A colour and a number for each identity, a symbol for each camera. Near means alike; far means nothing.")
-    return section("Map of the features", told, tag("div", *charts, class_="grid map"), id_="map")
+    told = note(
+        "A colour and a number for each identity, a symbol for each camera. What lies close together is alike; how far "
+        "groups lie apart means little."
+    )
+    return join([told, tag("div", *charts, class_="grid map")])

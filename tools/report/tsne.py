@@ -1,4 +1,4 @@
-"""t-SNE (van der Maaten and Hinton, JMLR 2008) of few points, exact, and the principal components that it starts from."""
+"""t-SNE (van der Maaten and Hinton, JMLR 2008) of few points, exact, begun at their principal components."""
 
 import torch
 from torch import Tensor
