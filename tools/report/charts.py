@@ -101,7 +101,7 @@ def density_chart(title: Html, edges: tuple[float, float], series: Sequence[Seri
 def scatter_chart(
     title: str, points: Sequence[tuple[float, float]], groups: Sequence[int], marks: Sequence[int], names: Sequence[str]
 ) -> Html:
-    """Points with a hue for each group and a symbol for each mark; each group's number stands at its median."""
+    """Points with a hue for each group and a symbol for each mark; each group's number stands at its middle point."""
     xs, ys = ([point[i] for point in points] for i in (0, 1))
     side = HEIGHT * 1.55
     x = Axis(min(xs) - 1e-9, max(xs) + 1e-9, 14, WIDTH - 14)
@@ -114,7 +114,7 @@ def scatter_chart(
         parts.append(_symbol(symbols[mark], x(a), y(b), name, fill))
     for group in order:
         members = [point for point, g in zip(points, groups, strict=True) if g == group]
-        middle = [sorted(values)[len(values) // 2] for values in zip(*members, strict=True)]
+        middle = min(members, key=lambda a: sum(math.dist(a, b) for b in members))
         parts.append(tag("text", group, x=x(middle[0]), y=y(middle[1]) + 4, class_="middle halo"))
     return _figure(title, parts, height=side)
 

@@ -75,23 +75,23 @@ def left_out(runs: Sequence[Run]) -> Html | None:
 
 def config(runs: Sequence[Run]) -> Html | None:
     """How the runs' configs differ from each other, from the defaults, and each in whole."""
-    known = [run for run in runs if run.cfg is not None]
+    known = [(run.label, run.cfg) for run in runs if run.cfg is not None]
     if not known:
         return None
     parts: list[Html] = []
     if len(known) == 2:
-        changes = [c for c in diff(known[0].cfg, known[1].cfg) if c[0] not in WHERE]
+        changes = [c for c in diff(known[0][1], known[1][1]) if c[0] not in WHERE]
         rows = [[key(name), code(_value(a)), code(_value(b))] for name, a, b in changes]
         parts.append(tag("h3", "Differences between the runs"))
-        parts.append(table(["key", *(run.label for run in known)], rows) if rows else note("None."))
-    for run in known:
-        changes = [c for c in diff(get_cfg(), run.cfg) if c[0] not in WHERE]
+        parts.append(table(["key", *(label for label, _ in known)], rows) if rows else note("None."))
+    for label, cfg in known:
+        changes = [c for c in diff(get_cfg(), cfg) if c[0] not in WHERE]
         rows = [
             [key(name), code(_value(new)), tag("td", code(_value(old)), class_="soft")] for name, old, new in changes
         ]
-        of = f" of {run.label}" if len(known) > 1 else ""
+        of = f" of {label}" if len(known) > 1 else ""
         shown = table(["key", "here", "default"], rows) if rows else note("None.")
-        whole = table(["key", "value"], [[key(name), code(_value(v))] for name, v in flatten(run.cfg).items()])
+        whole = table(["key", "value"], [[key(name), code(_value(v))] for name, v in flatten(cfg).items()])
         title = f"Differences{of} from the defaults ({len(rows)})"
         parts += [details(title, shown)] if len(known) > 1 else [tag("h3", title), shown]
         parts.append(details(f"Every key{of}", whole))

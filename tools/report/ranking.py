@@ -113,5 +113,5 @@ def separate(distance: Tensor, same: Tensor, left_out: Tensor) -> Separation:
     fine = [torch.histc(p, BINS * 50, low, high).double() for p in pairs]
     fine = [counts / counts.sum() for counts in fine]
     before = fine[0].cumsum(0) - fine[0] / 2  # equal distances count by half
-    densities = [counts.view(BINS, -1).sum(dim=1) for counts in fine]
-    return Separation(low, high, *densities, ordered=float((before * fine[1]).sum()))
+    same_density, other_density = (counts.view(BINS, -1).sum(dim=1) for counts in fine)
+    return Separation(low, high, same_density, other_density, float((before * fine[1]).sum()))

@@ -145,18 +145,25 @@ def _comparison(runs: Sequence[Run]) -> list[str | Html]:
         without = " and ".join(run.label for run, f in zip(runs, found, strict=True) if f is None)
         return [f"No evaluation of {without} is finished, so there is nothing to compare yet."]
     (_, a), (_, b) = found[0], found[1]
-    shared = [name for name in a if name in b]
-    if not shared:
-        return ["The runs have no branch in common."]
-    branch = main_branch({name: a[name] for name in shared})
-    gap = b[branch]["mAP"] - a[branch]["mAP"]
-    figures = f"mAP of {branch} at the end is {a[branch]['mAP']:.1f} in {runs[0].label} and {b[branch]['mAP']:.1f} in "
+    ends = [(run.label, main_branch(metrics)) for run, metrics in zip(runs, (a, b), strict=True)]
+    values = [metrics[branch]["mAP"] for metrics, (_, branch) in zip((a, b), ends, strict=True)]
+    told = " and ".join(f"{v:.1f} in {label} ({branch})" for v, (label, branch) in zip(values, ends, strict=True))
+    parts: list[str | Html] = [tag("strong", _judged(runs, values[1] - values[0])), f": mAP is {told}. "]
+    if ends[0][1] != ends[1][1] and (shared := [name for name in a if name in b]):
+        gap = b[shared[0]]["mAP"] - a[shared[0]]["mAP"]
+        parts.append(f"In {shared[0]}, which both have, it differs by {_signed(gap)}. ")
+    parts.append("One run of each cannot tell an effect from chance; several seeds of both can (")
+    return [*parts, code("python -m tools.ablate"), ")."]
+
+
+def _judged(runs: Sequence[Run], gap: float) -> str:
     if abs(gap) < NOTICEABLE:
-        judged = "The two runs end alike"
-    else:
-        judged = f"{runs[1].label} ends {abs(gap):.1f} points {'above' if gap > 0 else 'below'} {runs[0].label}"
-    seeds = "One run of each cannot tell an effect from chance; several seeds of both can (python -m tools.ablate)."
-    return [tag("strong", judged), f": {figures}{runs[1].label}. {seeds}"]
+        return "The two runs end alike"
+    return f"{runs[1].label} ends {abs(gap):.1f} points {'above' if gap > 0 else 'below'} {runs[0].label}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
 
 
 def _table_of_two(runs: Sequence[Run]) -> Html | None:
@@ -183,7 +190,7 @@ def _pair(a: float | None, b: float | None) -> list[Html]:
     gap = None if a is None or b is None else b - a
     kind = "" if gap is None or abs(gap) < NOTICEABLE else " up" if gap > 0 else " down"
     shown = ["–" if value is None else f"{value:.1f}" for value in (a, b)]
-    told = "–" if gap is None else f"{gap:+.1f}".replace("-", "−")
+    told = "–" if gap is None else _signed(gap)
     return [tag("td", shown[0], class_="n"), tag("td", shown[1], class_="n"), tag("td", told, class_=f"n{kind}")]
 
 
@@ -262,8 +269,9 @@ def curves(runs: Sequence[Run]) -> Html | None:
             if name in curves
         ]
 
-    uninformed = runs[0].uninformed_loss()
-    reference = ("knows nothing", uninformed) if uninformed else None
+    uninformed = {run.uninformed_loss() for run in runs}
+    level = uninformed.pop() if len(uninformed) == 1 else None
+    reference = ("knows nothing", level) if level else None
     charts = [
         line_chart("Training loss", lines({"loss": ("loss", "c-train")}), reference=reference),
         line_chart("Training accuracy", lines({"acc": ("accuracy", "c-train")}, 100), unit=" %", top=100),

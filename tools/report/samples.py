@@ -56,7 +56,7 @@ def rank_curves(runs: Sequence[Run], evaluations: Sequence[Evaluation | None]) -
         for run, evaluation in zip(runs, evaluations, strict=True)
         if evaluation is not None
     ]
-    return join([legend(branches, runs), tag("div", *charts, class_="grid"), note(" ".join(told))])
+    return join([legend(branches, runs), tag("div", *charts, class_="grid small"), note(" ".join(told))])
 
 
 def _distances(found: Separation, label: str) -> Html:
