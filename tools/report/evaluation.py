@@ -3,7 +3,6 @@
 Shape letters: N test images, D channels, M modalities.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from utils.errors import UserError
 from utils.metrics import pairwise_distance, rank_metrics
 from utils.modalities import MODALITIES
 from utils.reranking import re_ranking
-
-log = logging.getLogger(__name__)
 
 MAX_RANK = 50
 LISTED = 8  # gallery entries of a ranking list
@@ -116,7 +113,6 @@ def evaluate_run(cfg: CfgNode, checkpoint: Path) -> Evaluation:
 
     groups = _ranked(cfg, ranking, val)
     shown = [image for queries in groups.values() for q in queries for image in (q.image, *(e[0] for e in q.entries))]
-    log.info("placing %d test images on a map (t-SNE)", min(MAPPED, len(val.pids)))
     mapped = torch.randperm(len(val.pids), generator=torch.Generator().manual_seed(0))[:MAPPED].sort().values
     points = features[branch][mapped.to(features[branch].device)]
     places = tsne(F.normalize(points, dim=-1) if cfg.TEST.FEAT_NORM else points)

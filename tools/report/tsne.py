@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 EXAGGERATION, EXAGGERATED_STEPS = 12.0, 150
 STEPS = 500
@@ -45,7 +46,7 @@ def tsne(points: Tensor, perplexity: float = 30.0, steps: int = STEPS) -> Tensor
     y = 1e-4 * y / y.std().clamp_min(1e-12)
     moved, gains = torch.zeros_like(y), torch.ones_like(y)
     rate = max(len(points) / EXAGGERATION / 4, 50.0)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="map", leave=False, disable=None):
         early = step < EXAGGERATED_STEPS
         near = 1 / (1 + torch.cdist(y, y).square())
         near.fill_diagonal_(0)
