@@ -20,6 +20,7 @@ from modeling import make_model
 from solver import create_scheduler, make_loss, make_optimizer
 from tools.report.__main__ import main, parse_args
 from tools.report.charts import Series, line_chart, ticks
+from tools.report.evaluation import evaluate_run, look_at
 from tools.report.html import VOID, Html, join, key, tag
 from tools.report.ranking import Ranking, choose_queries, rank_queries, separate
 from tools.report.run import read_run
@@ -127,8 +128,6 @@ def test_page_tells_the_run(whole, trained):
 
 def test_evaluation_agrees_with_the_run(trained):
     """What is computed for the page is what training noted for the same checkpoint."""
-    from tools.report.evaluation import evaluate_run
-
     run = read_run(trained)
     found = evaluate_run(run.cfg, run.checkpoint())
     epoch, best = run.evaluations()["best"]
@@ -144,6 +143,23 @@ def test_evaluation_agrees_with_the_run(trained):
                 assert match == (found.pids[image] == found.pids[query.image])
                 assert not match or found.camids[image] != found.camids[query.image]
                 assert image in found.looks
+
+
+def test_looks_are_those_of_their_images(tiny_cfg):
+    cfg = tiny_cfg()
+    data = make_dataloader(cfg, train=False)
+    model = make_model(cfg, num_classes=6, num_cameras=2).eval()
+    looks = look_at(cfg, model, data.val, [1, 7, 10])
+    assert list(looks) == [1, 7, 10]
+    for image, look in looks.items():
+        for pixels, modality in zip(look.pixels, ("RGB", "NI", "TI"), strict=True):
+            stored = np.asarray(Image.open(data.val.paths[image].replace("/RGB/", f"/{modality}/")))
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), stored)
+        assert look.mask.shape == look.scores.shape == (3, 8)
+        assert look.mask.sum(dim=1).tolist() == [4, 4, 4]
+        for kept, scores in zip(look.mask, look.scores, strict=True):
+            assert scores[kept].min() >= scores[~kept].max()
+    assert sum(len(batch.pid) for batch in data.val) == 12  # the loader is as it was
 
 
 def test_without_data_or_checkpoint_the_logs_are_told(run_dir):
@@ -345,7 +361,7 @@ def test_in_a_browser(whole, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(whole, encoding="utf-8")
     with Chromium(find_chromium()) as browser:
-        for width, dark in ((1280, False), (390, True)):
+        for width, dark in ((1280, False), (390, True), (320, False)):
             seen = browser.open(path, width, dark)
             assert seen["width"] == seen["scrollWidth"] == width, seen["wide"]
             assert seen["pictures"] > 20 and seen["broken"] == 0 and seen["svgs"] >= 6
