@@ -364,6 +364,8 @@ def test_in_a_browser(whole, tmp_path):
         for width, dark in ((1280, False), (390, True), (320, False)):
             seen = browser.open(path, width, dark)
             assert seen["width"] == seen["scrollWidth"] == width, seen["wide"]
+            browser.run("document.querySelectorAll('details').forEach(d => { d.open = true })")
+            assert browser.run("document.documentElement.scrollWidth") == width
             assert seen["pictures"] > 20 and seen["broken"] == 0 and seen["svgs"] >= 6
         shown = "getComputedStyle(document.querySelector('.lists .of-{}')).display"
         assert [browser.run(shown.format(view)) for view in ("images", "kept")] == ["block", "none"]
