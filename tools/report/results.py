@@ -77,7 +77,7 @@ def _sentences(run: Run) -> list[str | Html]:
     of = last[branch]
     parts: list[str | Html] = [
         f"After {epoch} epochs, ",
-        tag("strong", f"{branch} ranks the test images with mAP {of['mAP']:.1f} and Rank-1 {of['R1']:.1f} %"),
+        tag("strong", code(branch), f" ranks the test images with mAP {of['mAP']:.1f} and Rank-1 {of['R1']:.1f} %"),
     ]
     if "before" in found and branch in found["before"][1]:
         parts.append(_change(of["mAP"] - found["before"][1][branch]["mAP"]))
@@ -89,10 +89,14 @@ def _sentences(run: Run) -> list[str | Html]:
         top = max(alone, key=lambda name: alone[name])
         gap = of["mAP"] - alone[top]
         if abs(gap) < NOTICEABLE:
-            parts.append(f"Joining the branches makes no noticeable difference: {top} alone has {alone[top]:.1f}.")
+            parts += [
+                "Joining the branches makes no noticeable difference: ",
+                code(top),
+                f" has {alone[top]:.1f} alone.",
+            ]
         else:
             side = "above" if gap > 0 else "below"
-            parts.append(f"That is {abs(gap):.1f} points {side} {top} alone, the best single branch.")
+            parts += [f"That is {abs(gap):.1f} points {side} the best single branch, ", code(top), "."]
     return parts
 
 
