@@ -31,6 +31,7 @@ from utils.distributed import average, barrier, from_main, is_main, rank, world_
 from utils.errors import Interrupted
 from utils.logging import MetricsWriter, setup_logging
 from utils.seed import rank_seed, seed_everything
+from utils.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def do_train(
     account = state.restore(start) if start else ""  # refuses what does not fit before the folder is touched
     open_output_dir(cfg, start.path if start else None, state.epoch, trains=state.epoch < s.MAX_EPOCHS)
     setup_logging(out)
-    log.info("training on %s", describe(device, dtype))
+    log.info("training on %s; commit %s", describe(device, dtype), code_version())
     if start:
         log.info(account)
         state.best = from_main(lambda: state.keep_copies(start, out))

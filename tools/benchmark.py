@@ -44,6 +44,7 @@ from utils.logging import read_metrics, setup_logging
 from utils.metrics import rank_features
 from utils.modalities import MODALITIES
 from utils.seed import seed_everything
+from utils.version import code_version
 
 log = logging.getLogger("tools.benchmark")
 
@@ -282,14 +283,13 @@ def _in_own_process(name: str, args: argparse.Namespace) -> Row:
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "device": ", ".join(cards) or platform.processor() or platform.machine(),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": code_version(),
     }
 
 

@@ -133,7 +133,11 @@ class Run:
     def commit(self) -> str | None:
         """Of the code that trained it, where the run says it."""
         starts = read_json(self.folder / PROVENANCE).get("starts", [])
-        return starts[-1].get("commit") if starts else None
+        if starts:
+            return starts[-1].get("commit")
+        log = self.folder / "train.log"
+        told = re.findall(r"; commit (\S+)", log.read_text(errors="replace")) if log.is_file() else []
+        return told[-1] if told else None
 
     def checkpoint(self) -> Path | None:
         """The best one, else the last."""
