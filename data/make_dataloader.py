@@ -21,6 +21,7 @@ from .cached_batches import CachedBatches
 from .datasets import DatasetSplits, Sample, load_dataset
 from .device_transforms import DeviceAugment, DeviceNormalize
 from .images import check_images, read_triple
+from .manifest import load_manifest
 from .sampler import Draw, IdentityBatchSampler
 from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
 
@@ -32,9 +33,9 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def collate(items: Sequence[tuple]) -> Batch:
-    """Joins items of a `TripleDataset`, tuples in the order of Batch's fields."""
-    images, pid, camid, sceneid, index, path = default_collate(items)
-    return Batch(images, pid, camid, sceneid, index, list(path))
+    """Joins items of a `TripleDataset`, tuples in the order of Batch's fields, with `present` in all or in none."""
+    images, pid, camid, sceneid, index, path, *present = default_collate(items)
+    return Batch(images, pid, camid, sceneid, index, list(path), *present)
 
 
 class TripleDataset(Dataset):
@@ -43,14 +44,19 @@ class TripleDataset(Dataset):
     def __init__(self, samples: Sequence[Sample], transform: TrainTransform | EvalTransform):
         self.samples = samples
         self.transform = transform
+        self.complete = all(all(sample.present) for sample in samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple:
         sample = self.samples[index]
-        images = dict(zip(MODALITIES, self.transform(read_triple(sample)), strict=True))
-        return images, sample.pid, sample.camid, sample.sceneid, index, sample.path
+        images = self.transform(read_triple(sample))  # (M, 3, H, W)
+        present = torch.tensor(sample.present)
+        images[~present] = 0.0
+        named = dict(zip(MODALITIES, images, strict=True))
+        item = (named, sample.pid, sample.camid, sample.sceneid, index, sample.path)
+        return item if self.complete else (*item, present)
 
 
 class AugmentedDataset(Dataset):
@@ -170,8 +176,7 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
         UserError: what is wrong with the data set, the batch size, the cache or, under DATASETS.CHECK or with a cache,
             the image files.
     """
-    names = cfg.DATASETS.NAMES
-    splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
+    splits = load_splits(cfg, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
     workers = count_workers(cfg.DATALOADER.NUM_WORKERS)
     cuda = cfg.MODEL.DEVICE.startswith(("auto", "cuda")) and torch.cuda.is_available()
@@ -211,6 +216,16 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
         num_cameras=splits.num_cameras,
         identities=splits.identities,
     )
+
+
+def load_splits(cfg: CfgNode, train: bool = True) -> DatasetSplits:
+    """The lists of the data set that DATASETS names; see `datasets.load_dataset` and `manifest.load_manifest`."""
+    names, root = cfg.DATASETS.NAMES, Path(cfg.DATASETS.ROOT_DIR).expanduser()
+    name = names if isinstance(names, str) else names[0]
+    if name == "manifest":
+        path = Path(cfg.DATASETS.MANIFEST).expanduser() if cfg.DATASETS.MANIFEST else root / "manifest.csv"
+        return load_manifest(path, root, train)
+    return load_dataset(name, root, train)
 
 
 def _labelled(splits: DatasetSplits) -> list[Sample]:

@@ -131,7 +131,7 @@ def score_gradient_probe(
         for mode in (score_grad, "none"):
             model.sdtps.score_grad = mode
             with torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
-                output = model(batch.images, batch.camid)
+                output = model(batch.images, batch.camid, batch.present)
                 alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
                 loss, _ = loss_fn(alone, batch.pid, epoch)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -125,7 +125,7 @@ def do_train(
                 values: dict[str, Tensor] = {}
                 for part in _micro_batches(batch, s.ACCUMULATION):
                     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                        output = model(part.images, part.camid)
+                        output = model(part.images, part.camid, part.present)
                         loss, terms = loss_fn(output, part.pid, epoch)
                     scaler.scale(loss / s.ACCUMULATION).backward()
                     for name, value in {"loss": loss, **terms, "acc": _accuracy(output, part.pid)}.items():
@@ -210,7 +210,7 @@ def _slice(batch: Batch, first: int, last: int) -> Batch:
     part = slice(first, last)
     images = {m: x[part] for m, x in batch.images.items()}
     ids = (batch.pid[part], batch.camid[part], batch.sceneid[part], batch.index[part])
-    return Batch(images, *ids, batch.path[part])
+    return Batch(images, *ids, batch.path[part], None if batch.present is None else batch.present[part])
 
 
 def _accuracy(output: ReIDOutput, pid: Tensor) -> Tensor:
