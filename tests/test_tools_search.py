@@ -146,7 +146,8 @@ def test_the_search_command_prints_and_draws(run_dir, tiny_dataset, tmp_path, ca
     query = [str(sorted((test / m).iterdir())[4]) for m in MODALITIES]
     arguments = (tmp_path / "x.safetensors", 3, tmp_path / "result.png", None, "exact", "cpu")
     tools.search.main(folder, query, *arguments)
-    lines = capsys.readouterr().out.splitlines()[-4:]  # the log comes before
+    out = capsys.readouterr().out
+    lines = out[out.index("rank ") :].splitlines()
     assert (
         lines[0].startswith("rank")
         and lines[1].split()[:2] == ["1", "1.000"]
