@@ -1,8 +1,8 @@
 """Says what is right and what is wrong with a folder of data; without one, where the data sets and weights come from.
 
 FOLDER is in the layout of RGBNT201, RGBNT100 or MSVR310 (or the folder above it), or a manifest (.csv). With
---config_file, the data and the weights of a config are looked at. Every image is decoded. Exit code 2 where something is
-wrong; a note is no fault: sample data, say, has not the published counts.
+--config_file, the data and the weights of a config are looked at. Every image is decoded. The exit code is 2 where
+something is wrong; a note is no fault: sample data, say, has not the published counts.
 """
 
 import argparse
@@ -33,24 +33,30 @@ EXAMPLES = """examples:
   python -m tools.check_data --config_file configs/RGBNT201/DeMo_SDTPS.yml DATASETS.ROOT_DIR /data
 """
 
-WHERE = """Where to get what (DATASETS.ROOT_DIR is ./datasets unless the config says otherwise):
+WHERE = """Where to get what. ROOT is DATASETS.ROOT_DIR, ./datasets unless the config says otherwise.
 
-RGBNT201   171 + 30 persons, 3951 + 836 triples. Asked of its authors; links at github.com/924973292/TOP-ReID and /DeMo.
-           -> DATASETS.ROOT_DIR/RGBNT201/{train_171,test}/{RGB,NI,TI}/000030_cam1_1_12.jpg
-RGBNT100   50 + 50 vehicles, 8675 + 1715 + 8575 strips of three images. Links at github.com/ttaalle/multi-modal-vehicle-Re-ID.
-           -> DATASETS.ROOT_DIR/RGBNT100/rgbir/{bounding_box_train,query,bounding_box_test}/0502_c0001_000.jpg
-MSVR310    155 + 155 vehicles, 1032 + 591 + 1055 triples. Links at github.com/superlollipop123/Cross-directional-Center-
-           Network-and-MSVR310.
-           -> DATASETS.ROOT_DIR/MSVR310/{bounding_box_train,query3,bounding_box_test}/0038/{vis,ni,th}/0038_s014_v7_003.jpg
-your own   a CSV: see docs/own_data.md
+RGBNT201   persons, 171 to train and 30 to test: 3951 and 836 triples
+           ROOT/RGBNT201/{train_171,test}/{RGB,NI,TI}/000030_cam1_1_12.jpg
+RGBNT100   vehicles, 50 and 50: 8675 strips of three images, 1715 queries, a gallery of 8575
+           ROOT/RGBNT100/rgbir/{bounding_box_train,query,bounding_box_test}/0502_c0001_000.jpg
+MSVR310    vehicles, 155 and 155: 1032 triples, 591 queries, a gallery of 1055
+           ROOT/MSVR310/{bounding_box_train,query3,bounding_box_test}/0038/{vis,ni,th}/0038_s014_v7_003.jpg
+
+           Download links of all three: https://github.com/924973292/TOP-ReID#datasets
+           Their authors: RGBNT100 https://github.com/ttaalle/multi-modal-vehicle-Re-ID
+           MSVR310 https://github.com/superlollipop123/Cross-directional-Center-Network-and-MSVR310
+
+your own   a CSV, see docs/own_data.md; folders of Market-1501's form: python -m tools.make_manifest FOLDER
 samples    python -m data.synthetic --out datasets/sample --dataset RGBNT201 --preset mini
 
-CLIP       ViT-B/16 of OpenAI, 335 MB: with MODEL.PRETRAIN_PATH_T empty it is fetched from huggingface.co (timm's copy);
-           or download it and give its path: https://openaipublic.azureedge.net/clip/models/
-           5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt (one line; the middle is its SHA-256)
-DINOv2/v3  fetched from huggingface.co by timm in the same way; DINOv3's licence is accepted there first.
-No network where you train: python -c "import timm; timm.create_model('vit_base_patch16_clip_quickgelu_224.openai',
-           pretrained=True)" where there is one, then copy ~/.cache/huggingface, or the file, over.
+CLIP       ViT-B/16, about 350 MB. With MODEL.PRETRAIN_PATH_T empty, timm fetches its copy from huggingface.co.
+           Or download OpenAI's ViT-B-16.pt and set MODEL.PRETRAIN_PATH_T to it; the long part is its SHA-256:
+           https://openaipublic.azureedge.net/clip/models/\
+5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt
+DINOv2/v3  timm fetches them in the same way; see the licences of both.
+
+Where there is no network, fetch elsewhere and copy the folder ~/.cache/huggingface:
+           python -c "import timm; timm.create_model('vit_base_patch16_clip_quickgelu_224.openai', pretrained=True)"
 """
 
 
