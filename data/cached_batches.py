@@ -93,7 +93,8 @@ class CachedBatches:
             for tensor in staged.tensors:
                 tensor.record_stream(stream)  # its memory is not reused before this stream is done with it
         images = self.transform(pixels.transpose(0, 1).contiguous(), *drawn)  # one block a modality
+        pid, camid, sceneid, index = ids[:4]
         present = None if self.complete else ids[4:].T.bool()
         if present is not None:
             images = torch.where(present.T[:, :, None, None, None], images, 0.0)
-        return Batch(dict(zip(MODALITIES, images, strict=True)), *ids[:4], staged.path, present)
+        return Batch(dict(zip(MODALITIES, images, strict=True)), pid, camid, sceneid, index, staged.path, present)

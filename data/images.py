@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from utils.errors import UserError
 
@@ -56,7 +57,9 @@ def check_images(samples: Iterable[Sample], workers: int = 1) -> None:
     for source in dict.fromkeys(source for sample in samples for source in sample.sources):
         sources.setdefault(source.path, []).append(source)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        faults = [fault for fault in pool.map(_find_fault, sources.values()) if fault]
+        found = pool.map(_find_fault, sources.values())
+        bar = tqdm(found, desc="checking images", total=len(sources), delay=2, leave=False, disable=None)
+        faults = [fault for fault in bar if fault]
     if faults:
         raise UserError(
             f"{len(faults)} of {len(sources)} image files cannot be used:\n  "

@@ -220,12 +220,13 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
 
 def load_splits(cfg: CfgNode, train: bool = True) -> DatasetSplits:
     """The lists of the data set that DATASETS names; see `datasets.load_dataset` and `manifest.load_manifest`."""
-    names, root = cfg.DATASETS.NAMES, Path(cfg.DATASETS.ROOT_DIR).expanduser()
+    names = cfg.DATASETS.NAMES
     name = names if isinstance(names, str) else names[0]
-    if name == "manifest":
-        path = Path(cfg.DATASETS.MANIFEST).expanduser() if cfg.DATASETS.MANIFEST else root / "manifest.csv"
-        return load_manifest(path, root, train)
-    return load_dataset(name, root, train)
+    if name != "manifest":
+        return load_dataset(name, cfg.DATASETS.ROOT_DIR, train)
+    root = Path(cfg.DATASETS.ROOT_DIR).expanduser()
+    path = Path(cfg.DATASETS.MANIFEST).expanduser() if cfg.DATASETS.MANIFEST else root / "manifest.csv"
+    return load_manifest(path, root, train)
 
 
 def _labelled(splits: DatasetSplits) -> list[Sample]:

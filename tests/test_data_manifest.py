@@ -1,6 +1,8 @@
 """A data set listed in a CSV: hand-written rows, all faults with their lines, samples that lack a modality."""
 
 import csv
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +195,14 @@ def test_market_1501_becomes_a_manifest(tmp_path):
         make_manifest(tmp_path, None, "NI")
     with pytest.raises(UserError, match="bounding_box_train: no image there"):
         make_manifest(tmp_path / "query", None, "NI")
+
+
+def test_the_example_of_the_documentation_can_be_read(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+    text = re.search(r"```csv\n(.*?)```", page, re.DOTALL)[1]
+    for name in re.findall(r"\w+/\w+\.jpg", text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    splits = read(tmp_path, text)
+    assert [len(split) for split in (splits.train, splits.query, splits.gallery)] == [4, 3, 3]
+    assert splits.train[2].present == (True, False, False)

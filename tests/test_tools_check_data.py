@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from configs import load_cfg
-from tests.conftest import write_rgbnt201
 from tools.check_data import check_config, check_folder, main
 from utils.cli import run
 
@@ -81,8 +80,6 @@ def test_a_config_with_its_weights(tiny_yaml, tmp_path):
     opts = ["MODEL.PRETRAINED", "True", "MODEL.PRETRAIN_PATH_T", str(tmp_path / "none.pt")]
     findings = check_config(load_cfg(tiny_yaml, [*opts, "DATASETS.ROOT_DIR", str(tmp_path)]))
     assert findings.wrong == 2 and "none.pt" in findings.lines[-1]
-    write_rgbnt201(tmp_path / "other", identities=2, test_identities=1)
-    assert check_config(load_cfg(tiny_yaml, ["DATASETS.ROOT_DIR", str(tmp_path / "other")])).wrong == 0
 
 
 def test_without_a_folder_it_tells_where_to_get_data(capsys):

@@ -75,9 +75,11 @@ def extract(
     }
     file = FeatureFile(
         features.half() if half else features,
-        *(torch.tensor([getattr(sample, name) for sample in samples]) for name in ("pid", "camid", "sceneid")),
-        [_paths(sample, root) for sample in samples],
-        info,
+        pids=torch.tensor([sample.pid for sample in samples]),
+        camids=torch.tensor([sample.camid for sample in samples]),
+        sceneids=torch.tensor([sample.sceneid for sample in samples]),
+        paths=[_paths(sample, root) for sample in samples],
+        info=info,
     )
     file.save(out)
     log.info(

@@ -170,11 +170,11 @@ def count_flops(cfg: CfgNode, model: ReIDModel) -> dict[str, int]:
     encoded = model.encode(images)
     m = dict(zip(MODALITIES, zip(encoded.patches, encoded.class_tokens, strict=True), strict=True))
     parts = {"backbone": _flops(lambda: model.encode(images))}
-    if model.fusion is not None:
+    if (fusion := model.fusion) is not None:
         patches, globals_ = ({name: pair[i] for name, pair in m.items()} for i in (0, 1))
-        parts["fusion"] = _flops(lambda: model.fusion(patches, globals_))
-    if model.sdtps is not None:
-        parts["sdtps"] = _flops(lambda: model.sdtps.select(encoded.patches, encoded.class_tokens))
+        parts["fusion"] = _flops(lambda: fusion(patches, globals_))
+    if (sdtps := model.sdtps) is not None:
+        parts["sdtps"] = _flops(lambda: sdtps.select(encoded.patches, encoded.class_tokens))
     rest = _flops(lambda: model.decode(encoded)) - sum(v for k, v in parts.items() if k != "backbone")
     return parts | {"pooling and heads": rest}
 

@@ -66,12 +66,12 @@ class FeatureFile:
         try:
             if path.suffix == ".npz":
                 with np.load(path) as file:
-                    arrays = [torch.from_numpy(file[name]) for name in ARRAYS]
-                    return cls(*arrays, file["paths"].tolist(), json.loads(str(file["info"])))
+                    arrays = {name: torch.from_numpy(file[name]) for name in ARRAYS}
+                    return cls(paths=file["paths"].tolist(), info=json.loads(str(file["info"])), **arrays)
             with safe_open(path, framework="pt") as file:
                 info = file.metadata() or {}
                 paths = json.loads(info.pop("paths"))
-                return cls(*(file.get_tensor(name) for name in ARRAYS), paths, info)
+                return cls(paths=paths, info=info, **{name: file.get_tensor(name) for name in ARRAYS})
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; python -m tools.extract writes one.") from None
         except (OSError, SafetensorError, KeyError, ValueError) as error:
