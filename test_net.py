@@ -5,7 +5,7 @@ import sys
 
 import yaml
 
-from configs import load_cfg
+from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_inference
 from engine.checkpoint import config_changes
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """examples:
   python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT runs/RGBNT201/DeMo_SDTPS/DeMobest.pth
   python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT … TEST.MISS all
+  python test_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml --print_config
 """
 
 
@@ -54,4 +55,5 @@ def main(config_file: str, opts: list[str]) -> None:
 
 if __name__ == "__main__":
     args = parse_args(__doc__, EXAMPLES)
-    sys.exit(launch(lambda: main(args.config_file, args.opts), args.debug))
+    action = print_config if args.print_config else main
+    sys.exit(launch(lambda: action(args.config_file, args.opts), args.debug))

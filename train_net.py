@@ -2,7 +2,7 @@
 
 import sys
 
-from configs import load_cfg
+from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_train
 from engine.checkpoint import read_start
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml MODEL.SDTPS_SPARSE_RATIO 0.7 OUTPUT_DIR runs/r07
   python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml TEST.WEIGHT runs/RGBNT201/DeMo_SDTPS/last.pth
   torchrun --nproc_per_node 2 train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml
+  python train_net.py --config_file configs/RGBNT201/DeMo_SDTPS.yml --print_config
 """
 
 
@@ -42,4 +43,5 @@ def main(config_file: str, opts: list[str]) -> None:
 
 if __name__ == "__main__":
     args = parse_args(__doc__, EXAMPLES)
-    sys.exit(launch(lambda: main(args.config_file, args.opts), args.debug))
+    action = print_config if args.print_config else main
+    sys.exit(launch(lambda: action(args.config_file, args.opts), args.debug))

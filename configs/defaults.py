@@ -127,10 +127,15 @@ KEYS: dict[str, dict[str, Key]] = {
         "SYNC_AUG": Key(False, "draw flip and crop once for the three modalities, so that their patches stay aligned"),
     },
     "DATASETS": {
-        "NAMES": Key("RGBNT201", "the data set", choices=("RGBNT201", "RGBNT100", "MSVR310")),
+        "NAMES": Key(
+            "RGBNT201",
+            "the data set; manifest: your own, listed in a CSV",
+            choices=("RGBNT201", "RGBNT100", "MSVR310", "manifest"),
+        ),
         "ROOT_DIR": Key(
             "./datasets", "folder that holds the data set's folder", pattern=_NOT_EMPTY, expects="a path, not empty"
         ),
+        "MANIFEST": Key("", "the CSV that NAMES manifest reads; empty: manifest.csv in ROOT_DIR"),
         "CHECK": Key(True, "decode every image once before training and stop at one that does not"),
     },
     "DATALOADER": {

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,11 @@ def dump(cfg: CfgNode) -> str:
     return yaml.dump(
         sections, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=1000, allow_unicode=True
     )
+
+
+def print_config(config_file: str | os.PathLike[str] | None, opts: Sequence[Any] = ()) -> None:
+    """Writes what `load_cfg` gives to the standard output, a YAML that may be used in turn."""
+    sys.stdout.write(dump(load_cfg(config_file, opts)))
 
 
 def diff(old: dict, new: dict) -> list[tuple[str, Any, Any]]:

@@ -200,8 +200,12 @@ def free_memory() -> int | None:
 
 def _header(source: PixelSource, root: Path) -> bytes:
     """What the pixels depend on, as a digest that begins the file."""
-    files = {image.path: _size_and_time(image.path) for sample in source.samples for image in sample.images}
-    images = [(os.path.relpath(i.path, root), i.box, *files[i.path]) for s in source.samples for i in s.images]
+    files = {image.path: _size_and_time(image.path) for sample in source.samples for image in sample.sources}
+    images = [
+        image and (os.path.relpath(image.path, root), image.box, *files[image.path])
+        for sample in source.samples
+        for image in sample.images
+    ]
     parts = (images, source.shape, source.resample.name, PIL.__version__)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return json.dumps({"format": FORMAT, "shape": source.shape, "made_of": digest}).encode().ljust(HEADER)

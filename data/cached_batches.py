@@ -47,7 +47,10 @@ class CachedBatches:
         self.samples = samples
         self.batch_sampler = batch_sampler
         self.transform = transform
-        self.ids = torch.tensor([(s.pid, s.camid, s.sceneid, i) for i, s in enumerate(samples)])  # (N, 4)
+        self.ids = torch.tensor(
+            [(s.pid, s.camid, s.sceneid, i, *s.present) for i, s in enumerate(samples)]
+        )  # (N, 4 + M)
+        self.complete = all(all(sample.present) for sample in samples)
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """One pass of the sampler; while a batch is in use, the next is made ready."""
@@ -90,5 +93,8 @@ class CachedBatches:
             for tensor in staged.tensors:
                 tensor.record_stream(stream)  # its memory is not reused before this stream is done with it
         images = self.transform(pixels.transpose(0, 1).contiguous(), *drawn)  # one block a modality
-        pid, camid, sceneid, index = ids
-        return Batch(dict(zip(MODALITIES, images, strict=True)), pid, camid, sceneid, index, staged.path)
+        pid, camid, sceneid, index = ids[:4]
+        present = None if self.complete else ids[4:].T.bool()
+        if present is not None:
+            images = torch.where(present.T[:, :, None, None, None], images, 0.0)
+        return Batch(dict(zip(MODALITIES, images, strict=True)), pid, camid, sceneid, index, staged.path, present)

@@ -39,17 +39,30 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Sample:
-    """One triple: the identity as the file name gives it, the camera from 0, the scene, the images as in MODALITIES."""
+    """One triple: the identity as the file name gives it, the camera from 0, the scene, the images as in MODALITIES.
+
+    None stands for an image that is missing; at least one is there.
+    """
 
     pid: int
     camid: int
     sceneid: int
-    images: tuple[ImageSource, ...]
+    images: tuple[ImageSource | None, ...]
 
     @property
     def path(self) -> str:
-        """The RGB image's file."""
-        return self.images[0].path
+        """The RGB image's file, or that of the first modality there is."""
+        return self.sources[0].path
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """The images that are there."""
+        return tuple(image for image in self.images if image is not None)
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which modalities are there, in the order of MODALITIES."""
+        return tuple(image is not None for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -184,22 +197,23 @@ LAYOUTS = {
 }
 
 
-def load_dataset(name: str, root_dir: str | Path, train: bool = True) -> DatasetSplits:
+def load_dataset(name: str, root_dir: str | Path, train: bool = True, home: Path | None = None) -> DatasetSplits:
     """Lists the triples of a data set.
 
     Args:
         name: a key of `LAYOUTS`.
         root_dir: the folder that holds the data set's own folder.
         train: False makes the training folder optional: `splits.train` is empty when it is not there.
+        home: the data set's own folder, where it has another name than the layout's.
 
     Raises:
         UserError: the data set is not there, or what is wrong with its files, all faults in one message.
     """
     if name not in LAYOUTS:
-        raise UserError(f"DATASETS.NAMES: unknown data set {name!r}; known are {', '.join(LAYOUTS)}.")
+        raise UserError(f"DATASETS.NAMES: unknown data set {name!r}; known are {', '.join(LAYOUTS)}, manifest.")
     layout = LAYOUTS[name]
     root = Path(root_dir).expanduser()
-    home = root / layout.home
+    home = home or root / layout.home
     if not home.is_dir():
         raise UserError(_not_found(name, layout, root))
 

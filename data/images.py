@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from utils.errors import UserError
 
@@ -34,11 +35,15 @@ def read_image(path: str) -> Image.Image:
 def read_triple(sample: Sample) -> list[Image.Image]:
     """The sample's images in the order of MODALITIES; a file that holds several is decoded once.
 
+    A black image of the first one's size stands for one that is missing.
+
     Raises:
         UserError: a file cannot be decoded or is smaller than its boxes; the message names it.
     """
-    decoded = {path: read_image(path) for path in dict.fromkeys(source.path for source in sample.images)}
-    return [_crop(decoded[source.path], source) for source in sample.images]
+    decoded = {path: read_image(path) for path in dict.fromkeys(source.path for source in sample.sources)}
+    cropped = {source: _crop(decoded[source.path], source) for source in sample.sources}
+    black = Image.new("RGB", cropped[sample.sources[0]].size)
+    return [black if source is None else cropped[source] for source in sample.images]
 
 
 def check_images(samples: Iterable[Sample], workers: int = 1) -> None:
@@ -49,10 +54,12 @@ def check_images(samples: Iterable[Sample], workers: int = 1) -> None:
     """
     start = time.perf_counter()
     sources: dict[str, list[ImageSource]] = {}
-    for source in dict.fromkeys(source for sample in samples for source in sample.images):
+    for source in dict.fromkeys(source for sample in samples for source in sample.sources):
         sources.setdefault(source.path, []).append(source)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        faults = [fault for fault in pool.map(_find_fault, sources.values()) if fault]
+        found = pool.map(_find_fault, sources.values())
+        bar = tqdm(found, desc="checking images", total=len(sources), delay=2, leave=False, disable=None)
+        faults = [fault for fault in bar if fault]
     if faults:
         raise UserError(
             f"{len(faults)} of {len(sources)} image files cannot be used:\n  "

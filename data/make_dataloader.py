@@ -23,6 +23,7 @@ from .cached_batches import CachedBatches
 from .datasets import DatasetSplits, Sample, load_dataset
 from .device_transforms import DeviceAugment, DeviceNormalize
 from .images import check_images, read_triple
+from .manifest import load_manifest
 from .sampler import Draw, IdentityBatchSampler
 from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
 
@@ -34,9 +35,9 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def collate(items: Sequence[tuple]) -> Batch:
-    """Joins items of a `TripleDataset`, tuples in the order of Batch's fields."""
-    images, pid, camid, sceneid, index, path = default_collate(items)
-    return Batch(images, pid, camid, sceneid, index, list(path))
+    """Joins items of a `TripleDataset`, tuples in the order of Batch's fields, with `present` in all or in none."""
+    images, pid, camid, sceneid, index, path, *present = default_collate(items)
+    return Batch(images, pid, camid, sceneid, index, list(path), *present)
 
 
 class TripleDataset(Dataset):
@@ -45,14 +46,19 @@ class TripleDataset(Dataset):
     def __init__(self, samples: Sequence[Sample], transform: TrainTransform | EvalTransform):
         self.samples = samples
         self.transform = transform
+        self.complete = all(all(sample.present) for sample in samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple:
         sample = self.samples[index]
-        images = dict(zip(MODALITIES, self.transform(read_triple(sample)), strict=True))
-        return images, sample.pid, sample.camid, sample.sceneid, index, sample.path
+        images = self.transform(read_triple(sample))  # (M, 3, H, W)
+        present = torch.tensor(sample.present)
+        images[~present] = 0.0
+        named = dict(zip(MODALITIES, images, strict=True))
+        item = (named, sample.pid, sample.camid, sample.sceneid, index, sample.path)
+        return item if self.complete else (*item, present)
 
 
 class AugmentedDataset(Dataset):
@@ -174,8 +180,7 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
         UserError: what is wrong with the data set, the batch size, the cache or, under DATASETS.CHECK or with a cache,
             the image files.
     """
-    names = cfg.DATASETS.NAMES
-    splits = load_dataset(names if isinstance(names, str) else names[0], cfg.DATASETS.ROOT_DIR, train)
+    splits = load_splits(cfg, train)
     evaluated = list(dict.fromkeys(splits.query + splits.gallery))
     if len(evaluated) < world_size():
         raise UserError(
@@ -220,6 +225,17 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
         num_cameras=splits.num_cameras,
         identities=splits.identities,
     )
+
+
+def load_splits(cfg: CfgNode, train: bool = True) -> DatasetSplits:
+    """The lists of the data set that DATASETS names; see `datasets.load_dataset` and `manifest.load_manifest`."""
+    names = cfg.DATASETS.NAMES
+    name = names if isinstance(names, str) else names[0]
+    if name != "manifest":
+        return load_dataset(name, cfg.DATASETS.ROOT_DIR, train)
+    root = Path(cfg.DATASETS.ROOT_DIR).expanduser()
+    path = Path(cfg.DATASETS.MANIFEST).expanduser() if cfg.DATASETS.MANIFEST else root / "manifest.csv"
+    return load_manifest(path, root, train)
 
 
 def _labelled(splits: DatasetSplits) -> list[Sample]:

@@ -31,7 +31,10 @@ STATE_KEYS = frozenset(
 )
 STATE_KEYS |= {"rng", "config", "identities"}
 """What a full checkpoint must hold to go on from."""
-ORDER_KEYS = ("SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE", "SOLVER.SEED", "DATASETS.NAMES", "DATASETS.ROOT_DIR")
+ORDER_KEYS = (
+    *("SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE", "SOLVER.SEED"),
+    *("DATASETS.NAMES", "DATASETS.ROOT_DIR", "DATASETS.MANIFEST"),
+)
 """Keys that decide which samples form which step of an epoch."""
 NOT_COMPARED = ("TEST.WEIGHT", "OUTPUT_DIR", "SOLVER.REINIT")
 """Keys whose edit is no news when a run goes on."""

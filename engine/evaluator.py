@@ -107,10 +107,11 @@ def extract_features(
         last = is_compiled(model) and len(batch.pid) < size  # would be compiled anew
         regions = uncompiled(model) if last else nullcontext()
         with regions, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            encoded = model.encode(batch.images, batch.camid)
+            encoded = model.encode(batch.images, batch.camid, batch.present)
             for pattern, extraction in result.items():
-                present = torch.tensor([m[0].lower() not in pattern for m in MODALITIES], device=device)
-                view = model.leave_out(encoded, present.expand(len(batch.pid), -1), batch.camid) if pattern else encoded
+                stays = torch.tensor([m[0].lower() not in pattern for m in MODALITIES], device=device)
+                present = stays.expand(len(batch.pid), -1) if batch.present is None else batch.present & stays
+                view = model.leave_out(encoded, present, batch.camid) if pattern else encoded
                 output = model.decode(view)
                 for name in names:
                     extraction.features[name].append(output.features[name].float())

@@ -145,7 +145,7 @@ def score_gradient_probe(
                 uncompiled(model, loss_fn),
                 torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None),
             ):
-                output = model(batch.images, batch.camid)
+                output = model(batch.images, batch.camid, batch.present)
                 alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
                 loss, _ = loss_fn(alone, batch.pid, epoch)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)

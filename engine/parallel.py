@@ -28,7 +28,7 @@ class Objective(nn.Module):
 
         The mean of the ranks' losses, and of their gradients, is that of one process with the whole micro-batch.
         """
-        output = self.model(batch.images, batch.camid)
+        output = self.model(batch.images, batch.camid, batch.present)
         mined = _join_ranks(output, batch.pid) if world_size() > 1 else None
         loss, terms = self.loss_fn(output, batch.pid, epoch, mined)
         return loss, terms, _detached(output)

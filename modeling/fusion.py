@@ -36,7 +36,7 @@ class HDM(nn.Module):
         features = []
         for subset in SUBSETS:
             context = torch.cat([tokens[LETTERS[letter]] for letter in subset], dim=1)
-            query = self.queries[subset].to(context.dtype).expand(len(context), 1, -1)
+            query = self.queries[subset].to(context.dtype).expand(context.shape[0], 1, -1)
             features.append(self.attention[subset](query, context, context, need_weights=False)[0].squeeze(1))
         return torch.stack(features)
 

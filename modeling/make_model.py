@@ -156,8 +156,8 @@ class ReIDModel(nn.Module):
         A missing image is a zero image, so its tokens depend on the camera alone: they are made once for each camera.
 
         Args:
-            encoded: of images that are all there.
-            present: (B, M) bool.
+            encoded: of all images that there are.
+            present: (B, M) bool, False also where an image was missing before.
             camid: (B,) as given to `encode`.
         """
         like = encoded.patches

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import describe, diff, dump, get_cfg, load_cfg, validate
+from configs import describe, diff, dump, get_cfg, load_cfg, print_config, validate
 from configs.defaults import FLAT_KEYS
 from configs.key import Key
 from configs.validate import flatten
@@ -355,6 +355,12 @@ def test_dump_reads_back_to_an_equal_config(write):
     assert again == cfg
     assert again.OUTPUT_DIR == "läufe/: no"
     assert yaml.safe_load(dump(cfg))["INPUT"]["SIZE_TRAIN"] == [256, 128]
+
+
+def test_print_config_writes_what_reads_back(write, capsys):
+    print_config(write("MODEL: {DEPTH: 3}"), ["OUTPUT_DIR", "x"])
+    text = capsys.readouterr().out
+    assert load_cfg(write(text)) == load_cfg(None, ["MODEL.DEPTH", "3", "OUTPUT_DIR", "x"])
 
 
 def test_diff_lists_what_changed():

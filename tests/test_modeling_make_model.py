@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configs import load_cfg
 from engine.step import accuracy
 from modeling import make_model
 from solver import make_loss, make_optimizer
@@ -264,3 +265,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_cfg):
         loss_of(cfg, model)[0].backward()
         gradients.append(model.backbone.cam_embed.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("name", "patches"), [("dinov2", 162), ("dinov3", 128)])
+def test_the_dino_configs_build_and_train_a_step(name, patches):
+    """Random weights, one block: every parameter that needs one receives a gradient."""
+    cfg = load_cfg(f"configs/RGBNT201/DeMo_SDTPS_{name}.yml", ["MODEL.DEPTH", "1"])
+    model = make_model(cfg, num_classes=5, num_cameras=4, pretrained=False)
+    assert model.backbone.num_patches == patches and model.backbone.embed_dim == 768
+    images = {m: torch.randn(4, 3, *cfg.INPUT.SIZE_TRAIN) for m in MODALITIES}
+    pid = torch.tensor([0, 0, 1, 1])
+    loss, _ = make_loss(cfg, 5)(model(images, pid), pid, epoch=1)
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    with torch.no_grad():
+        features = model.eval()(images).features
+    assert features["both"].shape == (4, 6 * 768) and features["both"].isfinite().all()

@@ -43,8 +43,9 @@ def test_success_is_zero():
     assert run(lambda: None) == 0
 
 
-def test_debug_may_stand_anywhere(monkeypatch):
-    for words in (["--debug", "A.B", "1"], ["A.B", "1", "--debug"]):
+@pytest.mark.parametrize("switch", ["debug", "print_config"])
+def test_switches_may_stand_anywhere(monkeypatch, switch):
+    for words in ([f"--{switch}", "A.B", "1"], ["A.B", "1", f"--{switch}"]):
         monkeypatch.setattr("sys.argv", ["train_net.py", "--config_file", "x.yml", *words])
         args = parse_args("description")
-        assert args.debug and args.opts == ["A.B", "1"]
+        assert getattr(args, switch) and args.debug + args.print_config == 1 and args.opts == ["A.B", "1"]

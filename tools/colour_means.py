@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from yacs.config import CfgNode
 
-from configs import load_cfg
+from configs import load_cfg, print_config
 from data import make_dataloader
 from engine.evaluator import format_table, rank
 from utils.cli import parse_args, run
@@ -39,4 +39,5 @@ def main(config_file: str, opts: list[str]) -> None:
 
 if __name__ == "__main__":
     args = parse_args(__doc__)
-    sys.exit(run(lambda: main(args.config_file, args.opts), args.debug))
+    action = print_config if args.print_config else main
+    sys.exit(run(lambda: action(args.config_file, args.opts), args.debug))

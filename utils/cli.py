@@ -12,17 +12,19 @@ EXIT_UNEXPECTED, EXIT_BAD_INPUT = 1, 2
 
 
 def parse_args(description: str, examples: str = "") -> argparse.Namespace:
-    """Reads `--config_file FILE [--debug] KEY VALUE …` from the command line; `--debug` may also stand last."""
+    """Reads `--config_file FILE [--print_config] [--debug] KEY VALUE …`; the two switches may also stand last."""
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config_file", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("--print_config", action="store_true", help="print what the YAML resolves to, and end")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="override keys of the config")
     args = parser.parse_args()
-    if "--debug" in args.opts:
-        args.debug = True
-        args.opts.remove("--debug")
+    for switch in ("print_config", "debug"):
+        if f"--{switch}" in args.opts:
+            setattr(args, switch, True)
+            args.opts.remove(f"--{switch}")
     return args
 
 

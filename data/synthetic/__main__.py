@@ -8,10 +8,21 @@ from pathlib import Path
 from data.synthetic import SETS, contact_sheet, generate
 from utils.errors import UserError
 
+EXAMPLES = """examples:
+  python -m data.synthetic --out datasets/sample
+  python -m data.synthetic --out datasets/sample --dataset MSVR310 --masks
+  python -m data.synthetic --out datasets/sample_pretrain --preset full --seed 1
+"""
+
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.synthetic", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.synthetic",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--out", type=Path, help="folder that will hold the data set's own (DATASETS.ROOT_DIR of a config)"
     )
