@@ -254,7 +254,7 @@ def _read_split(layout: Layout, folder: Path, faults: Faults) -> list[Sample]:
             )
         elif int(match["camera"]) > MAX_CAMERA:
             faults.add(f"cameras above {MAX_CAMERA}", "Number the cameras from the lowest on.", path)
-        elif int(match["pid"]) > MAX_PID:
+        elif abs(int(match["pid"])) > MAX_PID:
             faults.add(f"identities above {MAX_PID}", "Number the identities from the lowest on.", path)
         elif int(match["pid"]) != JUNK_PID:
             camid = int(match["camera"]) - layout.first_camera
