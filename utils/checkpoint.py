@@ -121,11 +121,11 @@ def _code_in(path: Path) -> str:
             if opcode.name == "STACK_GLOBAL":
                 names.append(".".join(texts[-2:]))
             elif "UNICODE" in opcode.name:
-                texts.append(value)
+                texts.append(str(value))
             elif opcode.name == "MEMOIZE":
                 memo[len(memo)] = texts[-1] if texts else ""
             elif "BINGET" in opcode.name:
-                texts.append(memo.get(value, ""))
+                texts.append(memo.get(value or 0, ""))
     except Exception:  # half a pickle, or none
         pass
     harmless = ("torch.", "collections.OrderedDict")
