@@ -3,12 +3,10 @@
 import logging
 import sys
 
-import yaml
-
 from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_inference
-from engine.checkpoint import config_changes
+from engine.checkpoint import config_changes, stored_config
 from engine.device import select_device
 from engine.launch import join_ranks, launch
 from modeling import make_model
@@ -39,7 +37,7 @@ def main(config_file: str, opts: list[str]) -> None:
     data = make_dataloader(cfg, train=False)
     stored = read_file(cfg.TEST.WEIGHT)
     if "config" in stored:
-        changes = config_changes(yaml.safe_load(stored["config"]), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES"))
+        changes = config_changes(stored_config(stored, cfg.TEST.WEIGHT), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES"))
         log.info(changes or "the config is the one that the checkpoint was trained with")
     classes, cameras = stored_sizes(state_dict_in(stored, cfg.TEST.WEIGHT))
     if cameras is not None and int(data.val.camids.max()) >= cameras:

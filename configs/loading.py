@@ -1,6 +1,7 @@
 """From YAML files and KEY VALUE pairs to one checked config, and back to text."""
 
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ _BASE = "_BASE_"
 _COMMAND_LINE = "command line"
 _MAP_TAG = "tag:yaml.org,2002:map"
 _UNREADABLE = object()
+_MAX_BYTES = 2**20
+_MAX_VALUES = 10_000
+"""Of one file, with its aliases written out: far more than a config needs, and little enough to be read at once."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _apply(cfg: CfgNode, setting: _Setting, report: _Report) -> None:
     try:
         (cfg[section] if section else cfg)[name] = key.parse(setting.value)
     except ValueError:
-        given = str(setting.value).lower()
+        given = _brief(setting.value).strip("'").lower()
         choices = {str(choice).lower(): choice for choice in key.choices}
         close = difflib.get_close_matches(given, choices, n=1)
         guess = f"; did you mean {choices[close[0]]!r}?" if close else ""
@@ -137,7 +141,15 @@ def _apply(cfg: CfgNode, setting: _Setting, report: _Report) -> None:
 
 
 def _show(setting: _Setting) -> str:
-    return f"{setting.source} {setting.name} = {setting.value!r}"
+    return f"{setting.source} {setting.name} = {_brief(setting.value)}"
+
+
+def _brief(value: Any, limit: int = 500) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def _unknown(name: str) -> str:
@@ -183,11 +195,23 @@ def _read_yaml(path: Path, report: _Report, chain: tuple[Path, ...]) -> None:
         circle = " -> ".join(map(str, (*chain, path)))
         report.faults.append(f"{chain[-1]} {_BASE}: goes in a circle, {circle}. Remove one of these lines.")
         return
+    by = f"{chain[-1]} {_BASE}: " if chain else ""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            report.faults.append(f"{by}{path}: too large for a config, over {_MAX_BYTES >> 20} MiB")
+            return
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
-    except (OSError, UnicodeDecodeError) as error:
-        by = f"{chain[-1]} {_BASE}: " if chain else ""
+        _count_values(root, {})
+    except RecursionError:
+        report.faults.append(f"{path}: values are nested too deeply. Write lists plainly, as [256, 128].")
+        return
+    except _TooMuch as error:
+        report.faults.append(f"{path}:{error}")
+        return
+    except (OSError, ValueError) as error:
         report.faults.append(f"{by}{path}: {_unreadable(path, error)}")
         return
     except yaml.YAMLError as error:
@@ -219,7 +243,38 @@ def _bases(setting: _Setting, report: _Report) -> list[str]:
     return []
 
 
+class _TooMuch(Exception):
+    """A YAML that aliases blow up."""
+
+
+def _count_values(node: yaml.Node | None, counts: dict[int, int]) -> int:
+    """How many values a node holds, those of aliases counted wherever they are used.
+
+    Raises:
+        _TooMuch: more than _MAX_VALUES, or a mapping that holds itself.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if (known := counts.get(id(node))) is not None:
+        if not known and isinstance(node, yaml.MappingNode):
+            raise _TooMuch(f"{node.start_mark.line + 1}: an anchor holds itself. Write the values out.")
+        return known or 1  # a list that holds itself is told with its key
+    counts[id(node)] = 0  # under way
+    children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    total = 1 + sum(_count_values(child, counts) for child in children)
+    if total > _MAX_VALUES:
+        raise _TooMuch(
+            f"{node.start_mark.line + 1}: more than {_MAX_VALUES} values, aliases (*name) written out. Remove them."
+        )
+    counts[id(node)] = total
+    return total
+
+
 def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not a text file in UTF-8; save it as UTF-8"
+    if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return f"cannot be read, no file has such a name: {error}"
     if path.is_dir():
         return "a folder; give one of the YAML files in it"
     if isinstance(error, FileNotFoundError):
@@ -228,8 +283,6 @@ def _unreadable(path: Path, error: Exception) -> str:
         if close:
             return f"no such file; did you mean {path.parent / close[0]}?"
         return f"no such file; {path.parent} has {', '.join(here)}" if here else "no such file"
-    if isinstance(error, UnicodeDecodeError):
-        return "not a text file in UTF-8; save it as UTF-8"
     return f"cannot be read: {error}"
 
 
@@ -244,11 +297,16 @@ def _walk(
         if name in lines and key_node.value != "<<":
             report.faults.append(f"{file}:{line} {name}: set twice (before in line {lines[name]}); keep one")
         lines[name] = line
-    loader.flatten_mapping(node)
+    try:
+        loader.flatten_mapping(node)
+    except yaml.constructor.ConstructorError as error:
+        line = node.start_mark.line + 1
+        report.faults.append(f"{file}:{line} {section}: {error.problem}. Write '<<: *name', the anchor of a mapping.")
+        return
     for key_node, value_node in node.value:
         source = f"{file}:{key_node.start_mark.line + 1}"
         name = f"{section}.{key_node.value}".lstrip(".")
-        if not isinstance(key_node, yaml.ScalarNode):
+        if not isinstance(key_node, yaml.ScalarNode) or not key_node.value:
             report.faults.append(f"{source} {section}: a key must be a plain word")
         elif not section and "." in name:
             first, _, rest = name.partition(".")
@@ -283,6 +341,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, where: str, report: _Re
         if "could not determine a constructor for the tag" in problem:
             problem = f"the YAML tag {problem.split()[-1]} is refused, a config holds plain values only"
         report.faults.append(f"{where}: {problem}. Write the value plainly, a list as [256, 128].")
-    except ValueError as error:
-        report.faults.append(f"{where}: {error}. Write a plain value.")
+    except Exception as error:  # on values that do not suit their tag, such as !!bool 3, PyYAML fails in any way
+        told = error if isinstance(error, ValueError) else f"no value of the YAML tag {node.tag.rpartition(':')[2]!r}"
+        report.faults.append(f"{where}: {told}. Write a plain value.")
     return _UNREADABLE

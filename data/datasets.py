@@ -5,6 +5,7 @@ images of a triple in a folder. Everything is sorted by name, so the same files 
 """
 
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ NO_SCENE = -1
 JUNK_PID = -1
 MAX_CAMERA = 999
 """More cameras than any data set has; a larger number is a misread name, and would be a row of the camera embedding."""
+MAX_PID = 10**9
+"""More identities than any data set has; a larger number is a misread name, and may not fit into 64 bits."""
 STRIP_SIZE = (768, 128)
 """Width and height of RGBNT100's strips in pixels."""
 STRIP_BOXES = tuple((left, 0, left + 256, 128) for left in (0, 256, 512))
@@ -214,14 +217,25 @@ def load_dataset(name: str, root_dir: str | Path, train: bool = True, home: Path
     layout = LAYOUTS[name]
     root = Path(root_dir).expanduser()
     home = home or root / layout.home
-    if not home.is_dir():
+    if not os.path.isdir(home):  # also for a name that no file can have
         raise UserError(_not_found(name, layout, root))
 
     faults = Faults()
     folders = [layout.train, layout.query, layout.gallery]
     if not train and not (home / layout.train).is_dir():
         folders.remove(layout.train)
-    samples = {folder: _read_split(layout, home / folder, faults) for folder in dict.fromkeys(folders)}
+    try:
+        samples = {folder: _read_split(layout, home / folder, faults) for folder in dict.fromkeys(folders)}
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: may not be read: {error}. Check the rights of the folder.") from error
+    findable = {sample.pid for sample in samples[layout.gallery]}
+    for sample in samples[layout.query]:
+        if findable and sample.pid not in findable:
+            faults.add(
+                f"queries whose identity the gallery {layout.gallery} lacks",
+                "No answer to them can be right: unpack the data set again, or move these away.",
+                sample.path,
+            )
     faults.raise_if_any(f"{name} in {home} cannot be used as it is:")
 
     splits = DatasetSplits(
@@ -254,6 +268,8 @@ def _read_split(layout: Layout, folder: Path, faults: Faults) -> list[Sample]:
             )
         elif int(match["camera"]) > MAX_CAMERA:
             faults.add(f"cameras above {MAX_CAMERA}", "Number the cameras from the lowest on.", path)
+        elif abs(int(match["pid"])) > MAX_PID:
+            faults.add(f"identities above {MAX_PID}", "Number the identities from the lowest on.", path)
         elif int(match["pid"]) != JUNK_PID:
             camid = int(match["camera"]) - layout.first_camera
             sceneid = int(match.groupdict().get("scene", NO_SCENE))
@@ -298,7 +314,7 @@ def _not_found(name: str, layout: Layout, root: Path) -> str:
             f"{name} was not found: there is no folder {root / layout.home}.",
             f"  Download {name} (its authors' links: {download}) and unpack it to {root / layout.home},",
             f"  or set DATASETS.ROOT_DIR, {str(root)!r} now, to the folder that holds {Path(layout.home).parts[0]},",
-            f"  or write sample data in its layout: {sample}",
+            f"  or write sample data in its layout: {sample} --preset mini (or --preset full, as many as published)",
         ]
     )
 

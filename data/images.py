@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+MAX_PIXELS = 2**26
+"""Of one image: a file of some kB may hold thousands of times more, and would take the memory of the machine."""
 DEEP_GREY_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -27,7 +29,7 @@ def read_image(path: str) -> Image.Image:
     """Decodes a file to 8-bit RGB, whatever its colour mode; 16-bit grey maps 0..65535 to 0..255.
 
     Raises:
-        UserError: the file is missing, truncated or no image; the message names it.
+        UserError: the file is missing, truncated, gigantic or no image; the message names it.
     """
     return _decode(path, _to_rgb)
 
@@ -81,13 +83,21 @@ def _decode(path: str, use: Callable[[Image.Image], Result]) -> Result:
     """`use(image)` on an opened file; whatever Pillow says against the file becomes a UserError that names it."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _gigantic(path)
             return use(image)
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        raise _gigantic(path) from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except Exception as error:  # broken files raise OSError, SyntaxError, ValueError, struct.error, ... in Pillow
         raise UserError(f"{path}: cannot be decoded as an image: {error}") from error
+
+
+def _gigantic(path: str) -> UserError:
+    return UserError(f"{path}: refused, it has more than {MAX_PIXELS >> 20} megapixels. Scale it down.")
 
 
 def _probe(image: Image.Image, sources: list[ImageSource]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -320,14 +321,23 @@ def _batches(loader: DataLoader | CachedBatches, device: torch.device) -> Iterat
         yield from loader.batches(device)
         return
     try:
-        for batch in loader:
-            yield batch.to(device, non_blocking=True)
+        with tell_lost_workers():
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
     except UserError as error:
         raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None
+
+
+@contextmanager
+def tell_lost_workers() -> Iterator[None]:
+    """Makes a UserError of a data worker's death, which torch raises wherever the main process happens to be."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
             f"A data loading process ended unexpectedly ({error}). This is most often a lack of memory: lower "
-            "DATALOADER.NUM_WORKERS (0 loads in the main process) or the batch size."
+            "DATALOADER.NUM_WORKERS (0 loads in the main process) or the batch size. Training goes on from its "
+            "last.pth, given as TEST.WEIGHT."
         ) from error

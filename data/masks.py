@@ -15,6 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from utils.errors import UserError
+
+from .images import read_image
+
 logger = logging.getLogger(__name__)
 
 FOLDER = "MASK"
@@ -57,8 +61,8 @@ def _person_patches(
                 logger.warning("%s has no mask, %d images before it do: masks are not used", path, len(rows))
             return None
         try:
-            mask = Image.open(file).convert("L").resize((size[1], size[0]), Image.Resampling.NEAREST)
-        except OSError as error:
+            mask = read_image(str(file)).convert("L").resize((size[1], size[0]), Image.Resampling.NEAREST)
+        except UserError as error:
             logger.warning("%s cannot be read (%s): masks are not used", file, error)
             return None
         person = (v2.functional.pil_to_tensor(mask) > 0).float()

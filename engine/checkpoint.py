@@ -14,9 +14,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 import configs
+from data.faults import listing
 from engine.background import CheckpointWriter
 from engine.meters import Meters
-from utils.checkpoint import has_part, load_weights, read_file
+from utils.checkpoint import NotFinite, has_part, load_weights, read_file, refuse_not_finite
 from utils.distributed import gather_objects, is_main, rank
 from utils.errors import UserError
 from utils.files import save_copy
@@ -26,10 +27,14 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 """Version of the checkpoint format."""
-STATE_KEYS = frozenset(
-    ("model", "trained_model", "optimizer", "scaler", "epoch", "step", "global_step", "best", "meters")
-)
-STATE_KEYS |= {"rng", "config", "identities"}
+STATE_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "optimizer", "scaler"), dict),
+    "rng": (list, dict),
+    **dict.fromkeys(("trained_model", "best", "meters"), (dict, type(None))),
+    **dict.fromkeys(("epoch", "step", "global_step"), int),
+    "config": str,
+    "identities": list,
+}
 """What a full checkpoint must hold to go on from."""
 ORDER_KEYS = (
     *("SOLVER.IMS_PER_BATCH", "DATALOADER.NUM_INSTANCE", "SOLVER.SEED"),
@@ -63,8 +68,10 @@ def read_start(weight: str) -> Start | None:
     if "optimizer" in state and "epoch" in state:
         if state.get("version") != VERSION:
             raise UserError(f"{path}: checkpoint version {state.get('version')}, this code reads version {VERSION}.")
-        if missing := sorted(STATE_KEYS - state.keys()):
+        if missing := sorted(STATE_TYPES.keys() - state.keys()):
             raise UserError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}. Take another one.")
+        if wrong := [name for name, kind in STATE_TYPES.items() if not isinstance(state[name], kind)]:
+            raise UserError(f"{path}: no checkpoint of this project: unexpected {', '.join(wrong)}. Take another one.")
         return Start(path, state["epoch"], state)
     number = re.search(r"_(\d+)$", path.stem)
     if number is None:
@@ -155,7 +162,7 @@ class TrainState:
         Raises:
             UserError: weights or identities do not fit this run, or SOLVER.REINIT names a part that is not there.
         """
-        stored_cfg = yaml.safe_load(start.state["config"]) if start.state else {}
+        stored_cfg = stored_config(start.state, start.path) if start.state else {}
         done = stored_cfg.get("SOLVER", {}).get("REINIT", ())
         reinit = tuple(part for part in self.cfg.SOLVER.REINIT if part not in done)
         for part in reinit:
@@ -166,6 +173,8 @@ class TrainState:
             _check_order(stored_cfg, self.cfg, start)
         try:
             report = load_weights(self.model, start.path, skip=reinit)
+        except NotFinite:
+            raise
         except UserError as error:
             raise UserError(
                 f"{error}\n{changes or 'The config is the stored one.'}\nGive the keys their stored values, or name "
@@ -180,21 +189,34 @@ class TrainState:
 
         state = start.state
         self._check_identities(state, start.path, reinit)
+        try:
+            self._restore_training(state, start.path, reinit)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the parts of a file that this code did not write hold
+            raise UserError(
+                f"{start.path}: its optimizer, meters or random states are not those of this model "
+                f"({type(error).__name__}: {error}). Take another checkpoint."
+            ) from error
+        place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
+        return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
+
+    def _restore_training(self, state: dict, path: Path, reinit: tuple[str, ...]) -> None:
+        """All of a checkpoint that is not the model which is evaluated."""
         if state["trained_model"]:
             kept = {name: tensor for name, tensor in state["trained_model"].items() if not has_part(name, reinit)}
+            refuse_not_finite(kept, path)
             self.model.load_state_dict(kept, strict=False)
-        self._restore_optimizer(state["optimizer"], reinit)
+        self._restore_optimizer(state["optimizer"], path, reinit)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
         self.best = state["best"]
-        if start.path.resolve().parent == Path(self.cfg.OUTPUT_DIR).resolve():
+        if path.resolve().parent == Path(self.cfg.OUTPUT_DIR).resolve():
             self.numbered = [n for n in state.get("numbered", ()) if isinstance(n, int)]
         if state["meters"]:
             self.meters.load_state_dict(state["meters"], next(self.model.parameters()).device)
         self._restore_random_states(state["rng"])
-        place = f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
-        return f"going on from {start.path} at {place}{anew}" + (f"\n{changes}" if changes else "")
 
     def keep_copies(self, start: Start, out: Path) -> dict | None:
         """Sees to it that the copies of this state lie in `out`, to which a run that was killed may not have come: the
@@ -241,7 +263,7 @@ class TrainState:
                 "or let the classifiers start anew: SOLVER.REINIT \"['classifier']\"."
             )
 
-    def _restore_optimizer(self, stored: dict, reinit: tuple[str, ...]) -> None:
+    def _restore_optimizer(self, stored: dict, path: Path, reinit: tuple[str, ...]) -> None:
         if stored["name"] != type(self.optimizer).__name__:
             log.warning(
                 "the checkpoint's optimizer is %s, this run's %s: its moments start anew",
@@ -251,7 +273,30 @@ class TrainState:
             return
         names, moments = _parameter_names(self.model, self.optimizer), stored["moments"]
         kept = {i: moments[name] for i, name in enumerate(names) if name in moments and not has_part(name, reinit)}
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        tensors = {f"{names[i]}/{key}": value for i, moment in kept.items() for key, value in moment.items()}
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        refuse_not_finite(tensors, path)
+        if bad := [n for n, t in tensors.items() if t.ndim and t.shape != shapes[n.rpartition("/")[0]]]:
+            raise UserError(f"{path}: the optimizer's state does not fit the model: {listing(bad)}. Take another one.")
         self.optimizer.load_state_dict({"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def stored_config(state: dict, path: str | Path) -> dict:
+    """The config inside a full checkpoint.
+
+    Raises:
+        UserError: it is no YAML of sections.
+    """
+    try:
+        stored = yaml.safe_load(state["config"])
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: the config in it cannot be read ({str(error).splitlines()[0]}). Take another one."
+        ) from error
+    if not isinstance(stored, dict) or not all(isinstance(v, dict | str) for v in stored.values()):
+        raise UserError(f"{path}: the config in it has no sections such as MODEL. Take another one.")
+    return stored
 
 
 def config_changes(stored: dict, cfg: CfgNode, sections: tuple[str, ...] = ()) -> str:

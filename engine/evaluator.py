@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data import EvalLoader, ReidData
+from data import EvalLoader, ReidData, tell_lost_workers
 from data.masks import person_patches
 from engine.device import autocast_dtype
 from engine.monitor import SelectionMonitor
@@ -21,6 +21,7 @@ from modeling import ReIDModel
 from modeling.regions import is_compiled, uncompiled
 from modeling.sdtps import Selection
 from utils.distributed import from_main, gather_objects, gather_rows, is_main
+from utils.errors import UserError
 from utils.files import read_json, save_text
 from utils.metrics import rank_features, rank_metrics
 from utils.modalities import MODALITIES
@@ -183,6 +184,9 @@ def evaluate_missing(
         val: the `.val` of `data.make_dataloader`.
         patterns: each the initials of the modalities to take away, such as "rn"; "" keeps all.
         pictures: how many test images to draw with what SDTPS chose.
+
+    Raises:
+        UserError: features that are not finite; names branches and an image.
     """
     dtype = autocast_dtype(cfg.SOLVER.AMP, next(model.parameters()).device)
     keep = sorted(set(torch.linspace(0, len(val.pids) - 1, pictures).long().tolist()))
@@ -193,6 +197,7 @@ def evaluate_missing(
 
 def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[int, int]) -> EvalResult:
     features, monitor, pictures = extraction.joined(), extraction.monitor, {}
+    _refuse_not_finite(features, val.paths)
     metrics = {name: rank(cfg, f, val) for name, f in features.items()}
     statistics = {f"feature_norm/{name}": float(f.norm(dim=-1).mean()) for name, f in features.items()}
     if extraction.kept:
@@ -204,6 +209,18 @@ def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[i
         share = monitor.cell_share()
         pictures["kept_share"] = draw_share(torch.stack([share[m] for m in MODALITIES]), grid)
     return EvalResult(metrics, statistics, pictures)
+
+
+def _refuse_not_finite(features: dict[str, Tensor], paths: Sequence[str]) -> None:
+    bad = {name: (~f.isfinite()).any(dim=1).cpu() for name, f in features.items()}
+    branches = [name for name, rows in bad.items() if rows.any()]
+    if branches:
+        rows = bad[branches[0]]
+        raise UserError(
+            f"Not finite in the evaluation: the features of {', '.join(branches)} for {int(rows.sum())} of {len(rows)} "
+            f"test images, such as {paths[int(rows.int().argmax())]}. Nothing was ranked or saved. A weight is NaN or "
+            "infinite, or too large for the arithmetic: take an earlier checkpoint, or try SOLVER.AMP float32."
+        )
 
 
 def format_table(rows: dict[str, dict[str, float]], first: str = "branch") -> str:
@@ -221,6 +238,7 @@ def write_metrics(path: Path, **sections: dict) -> None:
         save_text(json.dumps(read_json(path) | sections, indent=2) + "\n", path)
 
 
+@tell_lost_workers()
 def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, dict[str, dict[str, float]]]:
     """Evaluates as TEST.* says, logs one table and writes it under "test" into OUTPUT_DIR/metrics.json.
 

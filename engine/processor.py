@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data import ReidData
+from data import ReidData, tell_lost_workers
 from engine.background import CheckpointWriter
 from engine.checkpoint import Start, TrainState
 from engine.compile import compile_training
@@ -41,6 +41,7 @@ PROBE_SAMPLES = 16
 """Samples of an epoch's first batch on which the gradient probe runs."""
 
 
+@tell_lost_workers()
 def do_train(
     cfg: CfgNode,
     model: ReIDModel,
@@ -67,7 +68,7 @@ def do_train(
     Raises:
         NonFiniteError: a loss or a gradient was not finite; it never reached the weights, and nothing was saved since.
         Interrupted: SIGINT or SIGTERM; the state is saved.
-        UserError: the checkpoint does not fit.
+        UserError: the checkpoint does not fit, a data worker died, or an evaluation met a NaN or an infinity.
     """
     assert data.train is not None, "make_dataloader(cfg, train=False) gives nothing to train on"
     s, train_loader = cfg.SOLVER, data.train

@@ -7,16 +7,19 @@ grid of patches, then compared with what it needs: a backbone is filled complete
 import logging
 import math
 import re
-import warnings
-import zipfile
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor, nn
 
 from modeling.backbone import Backbone, resize_position_grid
-from utils.checkpoint import Mismatch, read_file, state_dict_in
+from modeling.torchscript import is_torchscript, read_torchscript
+from utils.checkpoint import Mismatch, read_file, refuse_not_finite, state_dict_in
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ def load_pretrained(backbone: Backbone, path: str | Path = "") -> None:
             timm or this project. Empty: timm fetches its own weights from the hub.
 
     Raises:
-        UserError: the weights cannot be had, hold another architecture, or leave a tensor of the backbone unfilled.
+        UserError: the weights cannot be had, hold another architecture, are not finite, or leave a tensor of the
+            backbone unfilled.
     """
     state = read_weights(path) if path else fetch_weights(backbone)
     source = str(path or _hub_id(backbone))
@@ -75,6 +79,7 @@ def load_pretrained(backbone: Backbone, path: str | Path = "") -> None:
             f"{source}: does not fit the backbone, a {_describe(backbone)}; the file holds {_architecture(named)}.\n"
             f"{Mismatch(mismatch.missing, extra, mismatch.reshaped)}\n{_way_out(backbone)}"
         )
+    refuse_not_finite({name: named[name] for name in wanted}, source)
     if extra:
         logger.warning("%s: %d tensors are not used: %s", source, len(extra), ", ".join(extra))
     backbone.load_state_dict({name: named[name] for name in wanted}, strict=False)
@@ -84,18 +89,9 @@ def load_pretrained(backbone: Backbone, path: str | Path = "") -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file of any format that `load_pretrained` takes, half precision promoted to float32.
 
-    Only a TorchScript archive is opened without `weights_only`: it is a program, but none in Python.
+    A TorchScript archive holds a program, which is not run.
     """
-    if _is_torchscript(path):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch asks for another format, but this is the one that OpenAI has
-                state = torch.jit.load(str(path), map_location="cpu").state_dict()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: damaged TorchScript archive ({reason}). Fetch or copy the file again.") from error
-    else:
-        state = state_dict_in(read_file(path), path)
+    state = read_torchscript(path) if is_torchscript(path) else state_dict_in(read_file(path), path)
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
@@ -105,7 +101,9 @@ def fetch_weights(backbone: Backbone) -> dict[str, Tensor]:
     Raises:
         UserError: the hub cannot be reached or has no such weights; says which file to get and where to name it.
     """
+    constants, offline = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = offline or not _hub_has_address(constants.ENDPOINT)  # its client tries for a minute
         return timm.create_model(backbone.timm_name, pretrained=True).state_dict()
     except Exception as error:  # whatever the network, the hub's client or timm raise, the way out is the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -113,6 +111,16 @@ def fetch_weights(backbone: Backbone) -> dict[str, Tensor]:
             f"The pretrained weights of {backbone.timm_name} could not be fetched from the hub ({reason}).\n"
             f"{_way_out(backbone)}"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_has_address(url: str) -> bool:
+    """Whether the hub's name can be resolved; behind a proxy that is not this machine's business."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo(urlsplit(url).hostname, None))
+    except OSError:
+        return False
 
 
 def to_backbone_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -188,13 +196,6 @@ def find_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int] | None
     rows = round(math.sqrt(num_patches * like[0] / like[1]))
     columns = num_patches // max(rows, 1)
     return (rows, columns) if rows * columns == num_patches and rows * like[1] == columns * like[0] else None
-
-
-def _is_torchscript(path: str | Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _block(name: str) -> int:

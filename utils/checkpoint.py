@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +89,11 @@ def _read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needed = re.search(r"(?:GLOBAL |class ')([\w.]+)", str(error))
-        if needed is None:
+        code = needed[1] if needed else _code_in(path)
+        if not code:
             raise _damaged(path, "it is no checkpoint") from error
         raise UserError(
-            f"{path}: refused, because reading it would run code ({needed[1]}). If you trust its origin, save its "
+            f"{path}: refused, because reading it would run code ({code}). If you trust its origin, save its "
             "state dict anew: torch.save({name: tensor for each weight}, path)."
         ) from error
     except PermissionError as error:
@@ -103,6 +106,55 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors.")
     return state
+
+
+def _code_in(path: Path) -> str:
+    """What a pickle of protocol 4 or later would call, found without running it; "" where nothing is found.
+
+    torch's reader stops at such a pickle before it comes to names.
+    """
+    texts: list[str] = []
+    names: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for opcode, value, _ in pickletools.genops(_pickle_in(path)):
+            if opcode.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif "UNICODE" in opcode.name:
+                texts.append(str(value))
+            elif opcode.name == "MEMOIZE":
+                memo[len(memo)] = texts[-1] if texts else ""
+            elif "BINGET" in opcode.name:
+                texts.append(memo.get(value or 0, ""))
+    except Exception:  # half a pickle, or none
+        pass
+    harmless = ("torch.", "collections.OrderedDict")
+    return next((name for name in names if not name.startswith(harmless)), names[0] if names else "")
+
+
+def _pickle_in(path: Path, limit: int = 2**24) -> bytes:
+    """The beginning of a pickle, alone in its file or packed as torch does."""
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            return file.read(limit)
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        with archive.open(name) as packed:
+            return packed.read(limit)
+
+
+class NotFinite(UserError):
+    """A file with a NaN or an infinity in its tensors."""
+
+
+def refuse_not_finite(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """
+    Raises:
+        NotFinite: a tensor holds a NaN or an infinity; names it.
+    """
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise NotFinite(f"{path}: not finite (NaN or infinite) in {len(bad)} tensors: {_first(bad)}. Take another.")
 
 
 def _damaged(path: Path, reason: str) -> _Damaged:
@@ -186,7 +238,7 @@ def load_weights(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -
 
     Raises:
         UserError: the file cannot be read, or leaves a tensor unfilled, or holds one that the model has not or has in
-            another shape; one report names them all.
+            another shape, or one that is not finite; one report names them all.
     """
     state = state_dict_in(read_file(path), path)
     if hasattr(model, "translate_state_dict"):
@@ -205,6 +257,7 @@ def load_weights(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -
             "in a config, skip in a call."
         )
         raise UserError("\n".join(lines))
+    refuse_not_finite(found, path)
     model.load_state_dict(found, strict=False)
     return LoadReport(loaded=tuple(wanted), skipped=tuple(name for name in own if has_part(name, skip)))
 

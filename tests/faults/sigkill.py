@@ -171,6 +171,7 @@ def difference(whole: Path, out: Path) -> str:
         }
         for folder in (whole, out)
     )
+    one, two = ({at: loss for at, loss in lines.items() if at[0] != "diagnosis"} for lines in (one, two))  # told anew
     if one != two:
         return "metrics.jsonl"
     return "half files" if list(out.glob(".*.tmp")) else ""
