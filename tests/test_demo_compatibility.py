@@ -41,7 +41,8 @@ def test_a_shipped_config_loads_without_a_warning_and_builds(config, caplog):
         assert Path(cfg.OUTPUT_DIR) == Path("runs", config).with_suffix("")  # where `make train` looks for it
 
     model = shallow_model(config)
-    assert model.backbone.grid == ((16, 8) if cfg.DATASETS.NAMES == "RGBNT201" else (8, 16))
+    standing = (18, 9) if "dinov2" in config else (16, 8)  # patches of 14 pixels, or of 16
+    assert model.backbone.grid == (standing if cfg.DATASETS.NAMES == "RGBNT201" else (8, 16))
     assert model.branches == ("ori",) + ("moe",) * cfg.MODEL.HDM + ("sdtps",) * cfg.MODEL.USE_SDTPS
     assert ("ori" in model.heads) == (cfg.DATASETS.NAMES == "RGBNT201")  # vehicles: a head for each modality
 

@@ -1,6 +1,7 @@
 """The commands in tools/, on small runs and files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,9 @@ def test_plot_curves(tmp_path):
         plot_curves([tmp_path / "nothing"], None, tmp_path / "out.png")
     with pytest.raises(UserError, match="1 names for 2 runs"):
         plot_curves([tmp_path / "a", tmp_path / "b"], ["x"], tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("path", sorted(Path("tools").glob("*.py")), ids=lambda path: path.stem)
+def test_every_command_tells_how_it_is_called(path):
+    source = path.read_text(encoding="utf-8")
+    assert "__main__" not in source or f"python -m tools.{path.stem} " in source
