@@ -199,5 +199,5 @@ def _epochs(cfg: CfgNode) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("SOLVER.WARMUP_ITERS", "SOLVER.MAX_EPOCHS"),
             "the warm-up is counted in epochs and would not end before training does. "
-            f"Set SOLVER.WARMUP_ITERS to {epochs - 1} or less, or train longer.",
+            f"Set SOLVER.WARMUP_ITERS to {f'{epochs - 1} or less' if epochs > 1 else '0'}, or train longer.",
         )

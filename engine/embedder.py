@@ -1,5 +1,6 @@
 """A trained model as a function from images to features: what search, export and other people's code start from."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,14 @@ class Embedder(nn.Module):
     def branches(self) -> tuple[str, ...]:
         """The features that there are, best last."""
         return (*self.model.branches, "both") if len(self.model.branches) > 1 else self.model.branches
+
+    def digest(self) -> str:
+        """What tells one set of weights from another: 16 hexadecimal digits of SHA-256 over all tensors."""
+        found = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
 
     @property
     def num_cameras(self) -> int:

@@ -259,5 +259,8 @@ def do_inference(cfg: CfgNode, model: ReIDModel, data: ReidData) -> dict[str, di
             mean = {c: sum(row[c] for row in rows.values()) / len(rows) for c in rows["r"]}
             table = {"nothing": results["nothing"][branch]} | rows | {"mean of six": mean}
             log.info("branch %s\n%s", branch, format_table(table, "missing"))
-    write_metrics(Path(cfg.OUTPUT_DIR) / "metrics.json", test={"config": dict(cfg.TEST), "results": results})
+    path, settings = Path(cfg.OUTPUT_DIR) / "metrics.json", {k: v for k, v in cfg.TEST.items() if k != "MISS"}
+    before = read_json(path).get("test", {})
+    known = before.get("results", {}) if before.get("config") == settings else {}  # of other patterns, to be kept
+    write_metrics(path, test={"config": settings, "results": known | results})
     return results

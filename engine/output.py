@@ -69,11 +69,16 @@ def open_output_dir(cfg: CfgNode, resume_from: Path | None, epoch: int = 0, trai
             _set_aside(out, resume_from, epoch, cfg.MODEL.NAME)
         text = configs.dump(cfg)
         config = out / CONFIG_FILE
-        if config.exists() and config.read_text() != text:
+        if config.exists() and _lines(config.read_text()) != _lines(text):
             config.rename(_free_name(out, f"config-until-epoch-{epoch}", ".yml"))
         save_text(text, config)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {out}: cannot be written: {error}. Name another folder.") from error
+
+
+def _lines(config: str) -> list[str]:
+    """Of a resolved config, without the checkpoint that a run goes on from."""
+    return [line for line in config.splitlines() if not line.strip().startswith("WEIGHT:")]
 
 
 def _set_aside(out: Path, resume_from: Path | None, epoch: int, name: str) -> None:

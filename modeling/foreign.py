@@ -94,6 +94,11 @@ def explain_mismatch(name: str, file_shape: Sequence[int], num_kept: int | None 
             f"the file knows {file_shape[0]} cameras, and row i of its embedding belongs to camera i of the data set "
             "that it was trained on: on another one it starts anew (SOLVER.REINIT \"['cam_embed']\")"
         )
+    if name == "backbone.vit.pos_embed":
+        return (
+            f"the file has {file_shape[-2]} positions (patches and class token): it was trained on images of another "
+            "size, or with another patch or stride; see INPUT.SIZE_TRAIN, MODEL.TRANSFORMER_TYPE and STRIDE_SIZE"
+        )
     tokens = file_shape[0] if re.fullmatch(r"sdtps\.aggregator\.\w+\.fc2\.(weight|bias)", name) else 0
     if num_kept and 0 < tokens <= num_kept:
         return (

@@ -321,7 +321,7 @@ def _peak(device: torch.device) -> Row:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_file", default="configs/sample/vit_b_finetune.yml", metavar="FILE")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"some of: {', '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"some of: {', '.join(map(repr, ROWS))}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median is told; epochs of a run")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="processes of the row `ranks`")
     parser.add_argument("--json", default="", metavar="FILE", help="write everything there")

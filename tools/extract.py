@@ -69,6 +69,7 @@ def extract(
     info = {
         "root": str(root),
         "run": str(run_dir),
+        "weights": model.digest(),
         "branch": branch or model.branches[-1],
         "normalised": str(model.cfg.TEST.FEAT_NORM),
         "camera": str(use_camera),

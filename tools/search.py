@@ -57,6 +57,11 @@ def search(
         UserError: what the model, the images or the search have to say.
     """
     model = load_model(run_dir, device=device)
+    if gallery.info.get("weights") != model.digest():
+        raise UserError(
+            f"the gallery was extracted with other weights ({gallery.info.get('run')}) than those of {run_dir}, so "
+            "that distances mean nothing. Extract it again, or give --run the run that it comes from."
+        )
     images = {m: [path] for m, path in zip(MODALITIES, query, strict=True) if path != "-"}
     if not images:
         raise UserError("--query: at least one image is needed.")

@@ -250,8 +250,9 @@ def load_weights(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -
     if mismatch := Mismatch.between(wanted, found):
         lines = [f"{path}: does not fit the model.", str(mismatch)]
         if hasattr(model, "explain_mismatch"):
-            hints = (model.explain_mismatch(name, file) for name, (file, _) in mismatch.reshaped.items())
-            lines += [f"  {hint}" for hint in dict.fromkeys(hints) if hint]
+            depth = mismatch.missing or mismatch.unexpected  # the shapes are then not what is wrong
+            hints = (model.explain_mismatch(name, file) for name, (file, _) in mismatch.reshaped.items() if not depth)
+            lines += [f"  {hint}" for hint in dict.fromkeys(hints) if hint][:1]
         lines.append(
             "Set the config to what the file was trained with, or name the parts that shall start anew: SOLVER.REINIT "
             "in a config, skip in a call."

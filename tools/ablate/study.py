@@ -1,5 +1,6 @@
 """A study: a base config, named variants of it, and the seeds by which each is trained."""
 
+import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -277,6 +278,9 @@ def _read_fields(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     """The fields of a file over those of its `_BASE_`; options, and variants by name, are added to the base's."""
     if path in chain:
         raise UserError(f"{path}: _BASE_ goes in a circle")
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yml")], n=1)
+        raise UserError(f"{path}: there is no such file.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
     try:
         fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

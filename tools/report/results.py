@@ -149,6 +149,8 @@ def _comparison(runs: Sequence[Run]) -> list[str | Html]:
         without = " and ".join(run.label for run, f in zip(runs, found, strict=True) if f is None)
         return [f"No evaluation of {without} is finished, so there is nothing to compare yet."]
     (_, a), (_, b) = found[0], found[1]
+    if others := _other_data(runs):
+        return [tag("strong", "These runs were tested on other data"), f" ({others}): their figures do not compare."]
     ends = [(run.label, main_branch(metrics)) for run, metrics in zip(runs, (a, b), strict=True)]
     values = [metrics[branch]["mAP"] for metrics, (_, branch) in zip((a, b), ends, strict=True)]
     told = " and ".join(f"{v:.1f} in {label} ({branch})" for v, (label, branch) in zip(values, ends, strict=True))
@@ -158,6 +160,15 @@ def _comparison(runs: Sequence[Run]) -> list[str | Html]:
         parts.append(f"In {shared[0]}, which both have, it differs by {_signed(gap)}. ")
     parts.append("One run of each cannot tell an effect from chance; several seeds of both can (")
     return [*parts, code("python -m tools.ablate"), ")."]
+
+
+def _other_data(runs: Sequence[Run]) -> str:
+    """Where two runs do not share their data set, in words."""
+    one, two = (None if run.cfg is None else run.cfg.DATASETS for run in runs)
+    if one is None or two is None:
+        return ""
+    keys = [key for key in ("NAMES", "ROOT_DIR", "MANIFEST") if one[key] != two[key]]
+    return ", ".join(f"DATASETS.{key} {one[key]!r} and {two[key]!r}" for key in keys)
 
 
 def _judged(runs: Sequence[Run], gap: float) -> str:
