@@ -135,6 +135,11 @@ def test_scripts_end_to_end(tiny_yaml, tmp_path, caplog):
     assert list(results) == ["nothing", *MISSING_PATTERNS]
     mean = sum(results[pattern]["both"]["mAP"] for pattern in MISSING_PATTERNS) / 6
     assert f"mean of six  {mean:5.1f}" in caplog.text
+    again = ("TEST.RE_RANKING", "yes", "MODEL.SDTPS_BETA", "0.1")
+    test_net.main(str(tiny_yaml), [*weight, "TEST.MISS", "r", *again])  # one pattern more takes none away
+    assert json.loads((out / "metrics.json").read_text())["test"]["results"] == results
+    test_net.main(str(tiny_yaml), [*weight, "TEST.MISS", "r"])  # under other settings the table begins anew
+    assert list(json.loads((out / "metrics.json").read_text())["test"]["results"]) == ["r"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     train = next(line for line in lines if line["kind"] == "train")
     wanted = {"loss", "id/ori", "triplet/sdtps", "acc", "grad_norm/backbone", "lr/backbone", "sdtps/kept_range/RGB"}

@@ -168,3 +168,14 @@ def test_the_search_command_prints_and_draws(run_dir, tiny_dataset, tmp_path, ca
     assert picture.getpixel((gap + width // 2, caption + height // 2)) == (211, 211, 211)
     with pytest.raises(UserError, match="at least one image"):
         tools.search.main(folder, ["-", "-", "-"], *arguments)
+
+
+def test_a_gallery_of_other_weights_is_refused(run_dir, tiny_dataset, tmp_path):
+    folder, model, _ = run_dir
+    extract(folder, tiny_dataset, tmp_path / "features.npz", workers=0)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    torch.save({"model": model.state_dict()}, folder / "last.pth")
+    image = next(tiny_dataset.rglob("RGB/*.jpg"))
+    with pytest.raises(UserError, match="extracted with other weights"):
+        tools.search.search(folder, [str(image), "-", "-"], FeatureFile.load(tmp_path / "features.npz"))
