@@ -240,6 +240,10 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+COMPILED = 0.57
+"""Share of the activations that compiled code keeps: seen on an H200 with ViT-B/16 and SDTPS, 6.9 GiB in place of 11.1."""
+
+
 def _nbytes(model: nn.Module) -> int:
     return sum(_size(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
@@ -263,6 +267,9 @@ def to_text(cfg: CfgNode, summary: Summary) -> str:
     title = f"training memory, {summary.batch} triples at once, {precision}"
     section(title, parts, lambda n: f"{n / GIB:10.2f} GiB")
     rows.append(("  at most", f"{summary.memory['peak'] / GIB:10.2f} GiB"))
+    if cfg.SOLVER.COMPILE != "off" and precision == "mixed precision" and not cfg.SOLVER.GRAD_CHECKPOINT:
+        compiled = summary.memory["peak"] - (1 - COMPILED) * summary.memory["activations"]
+        rows.append(("  compiled, as on CUDA by default, about", f"{compiled / GIB:10.2f} GiB"))
     rows += [("", ""), ("checkpoint (last.pth)", f"{summary.checkpoint / 1e6:10.0f} MB")]
     return "\n".join(f"{name:<58}{value}".rstrip() for name, value in rows)
 
