@@ -54,7 +54,7 @@ sample-data: venv
 	@[ -d datasets/sample/$(SAMPLE) ] || "$(PY)" -m data.synthetic --out datasets/sample --dataset $(SAMPLE) --preset mini --masks
 
 train: venv $(DATA) ## train CONFIG, by default SDTPS on sample data; goes on where it stopped
-	$(if $(RESUME),@echo "Going on from $(RUN)/last.pth; to start anew, remove $(RUN) or give OPTS='OUTPUT_DIR path'")
+	@$(if $(RESUME),echo "Going on from $(RUN)/last.pth. To start anew: remove $(RUN) or give OPTS='OUTPUT_DIR path'",true)
 	"$(PY)" train_net.py --config_file $(CONFIG) $(RESUME) $(OPTS)
 
 test: venv-dev ## run the tests (CPU, a few minutes)

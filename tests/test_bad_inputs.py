@@ -1,5 +1,8 @@
 """A part of the table of bad inputs, which tests/faults/bad_inputs.py tries as a whole."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from faults.bad_inputs import LOADS, TABLE, Case, prepare, refusal_fault, run_case, running_fault
@@ -41,8 +44,14 @@ def test_the_attacks_would_work_on_a_careless_reader(make, load, tmp_path, monke
     assert (tmp_path / "victim").exists()
 
 
+def readable_for_all(path):
+    return all(folder.stat().st_mode & 0o001 for folder in path.resolve().parents)
+
+
 @pytest.mark.parametrize("case", TABLE[::PART], ids=lambda case: case.name)
 def test_bad_input_is_told(case, shared, tmp_path):
+    if case.as_nobody and os.geteuid() == 0 and not readable_for_all(Path(__file__)):
+        pytest.skip("this clone lies in a folder that root alone may enter, so that nobody else can run its code")
     assert refusal_fault(case, run_case(case, shared, tmp_path / "case"), tmp_path / "case") == ""
 
 
