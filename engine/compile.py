@@ -49,8 +49,10 @@ def compile_training(
         _without_trace(model, lambda: _blank_step(cfg, model, loss_fn, dtype, batch_size))
     except Exception as error:
         compile_regions(model, loss_fn, enable=False)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        log.warning("not compiled, so training is slower: %s: %s", type(error).__name__, reason)
+        told = [
+            line.strip() for line in str(error).splitlines() if line.strip()
+        ]  # the first may only name the compiler
+        log.warning("not compiled, so training is slower: %s: %s", type(error).__name__, " ".join(told[:2]))
         return False
     log.info("compiled for training (%.0f s)", time.perf_counter() - start)
     return True
