@@ -9,9 +9,8 @@ from engine import do_inference
 from engine.checkpoint import config_changes, stored_config
 from engine.device import select_device
 from engine.launch import join_ranks, launch
-from modeling import make_model
-from modeling.foreign import stored_sizes
-from utils.checkpoint import load_weights, read_file, state_dict_in
+from modeling.trained import load_trained
+from utils.checkpoint import read_file
 from utils.cli import parse_args
 from utils.errors import UserError
 from utils.logging import setup_logging
@@ -39,14 +38,7 @@ def main(config_file: str, opts: list[str]) -> None:
     if "config" in stored:
         changes = config_changes(stored_config(stored, cfg.TEST.WEIGHT), cfg, ("MODEL.", "INPUT.", "DATASETS.NAMES"))
         log.info(changes or "the config is the one that the checkpoint was trained with")
-    classes, cameras = stored_sizes(state_dict_in(stored, cfg.TEST.WEIGHT))
-    if cameras is not None and int(data.val.camids.max()) >= cameras:
-        raise UserError(
-            f"{cfg.TEST.WEIGHT} knows {cameras} cameras, the test images come from {int(data.val.camids.max()) + 1}: "
-            "its camera embedding has no row for them. Test it on the data set it was trained on."
-        )
-    model = make_model(cfg, num_classes=classes or 0, num_cameras=cameras or 0, pretrained=False)
-    load_weights(model, cfg.TEST.WEIGHT)
+    model = load_trained(cfg, stored, cfg.TEST.WEIGHT, cameras=int(data.val.camids.max()) + 1)
     setup_logging(cfg.OUTPUT_DIR)
     do_inference(cfg, model.to(device), data)
 

@@ -22,9 +22,9 @@ from data.make_dataloader import TripleDataset, collate
 from data.transforms import EvalTransform, make_transforms
 from engine.device import autocast_dtype, select_device
 from engine.output import CONFIG_FILE, LAST
-from modeling import ReIDModel, ReIDOutput, make_model
-from modeling.foreign import stored_sizes
-from utils.checkpoint import load_weights, read_file, state_dict_in
+from modeling import ReIDModel, ReIDOutput
+from modeling.trained import load_trained
+from utils.checkpoint import read_file
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -169,9 +169,7 @@ def load_model(run_dir: str | Path, *, device: str = "auto", opts: Sequence[Any]
         raise UserError(f"{folder}: no {CONFIG_FILE} there; give the folder that train_net.py wrote (OUTPUT_DIR).")
     cfg = load_cfg(folder / CONFIG_FILE, opts)
     checkpoint = find_checkpoint(folder, cfg.MODEL.NAME) if given.is_dir() else given
-    classes, cameras = stored_sizes(state_dict_in(read_file(checkpoint), checkpoint))
-    model = make_model(cfg, num_classes=classes or 0, num_cameras=cameras or 0, pretrained=False)
-    load_weights(model, checkpoint)
+    model = load_trained(cfg, read_file(checkpoint), checkpoint)
     log.info("the model of %s", checkpoint)
     return Embedder(model.to(select_device(device)), cfg)
 

@@ -15,16 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data import EvalLoader, ReidData, make_dataloader
+from data import EvalLoader, make_dataloader
 from engine.device import autocast_dtype, describe, select_device
 from engine.evaluator import extract_features
-from modeling import ReIDModel, make_model
-from modeling.foreign import stored_sizes
+from modeling import ReIDModel
+from modeling.trained import load_trained
 from tools.report.ranking import Ranking, Separation, choose_queries, rank_queries, separate
 from tools.report.tiles import Look, to_pixels
 from tools.report.tsne import tsne
-from utils.checkpoint import load_weights, read_file, state_dict_in
-from utils.errors import UserError
+from utils.checkpoint import read_file
 from utils.metrics import pairwise_distance, rank_metrics
 from utils.modalities import MODALITIES
 from utils.reranking import re_ranking
@@ -97,8 +96,8 @@ def evaluate_run(cfg: CfgNode, checkpoint: Path) -> Evaluation:
     dtype = autocast_dtype(cfg.SOLVER.AMP, device)
     stored = read_file(checkpoint)
     data = make_dataloader(cfg, train=False)
-    model = _load_model(cfg, checkpoint, stored, data).to(device).eval()
     val = data.val
+    model = load_trained(cfg, stored, checkpoint, cameras=int(val.camids.max()) + 1).to(device).eval()
 
     extraction = extract_features(model, val, dtype=dtype)[""]
     features = extraction.joined()
@@ -139,19 +138,6 @@ def evaluate_run(cfg: CfgNode, checkpoint: Path) -> Evaluation:
         counts=(len(val.query), len(val.gallery), len(val.pids[val.query].unique())),
         seconds=time.perf_counter() - start,
     )
-
-
-def _load_model(cfg: CfgNode, checkpoint: Path, stored: dict, data: ReidData) -> ReIDModel:
-    """The checkpoint's model; its classifiers have as many identities as the file says."""
-    classes, cameras = stored_sizes(state_dict_in(stored, str(checkpoint)))
-    if cameras is not None and int(data.val.camids.max()) >= cameras:
-        raise UserError(
-            f"{checkpoint} knows {cameras} cameras, the test images come from {int(data.val.camids.max()) + 1}. "
-            "Evaluate it on the data set that it was trained on."
-        )
-    model = make_model(cfg, num_classes=classes or 0, num_cameras=cameras or 0, pretrained=False)
-    load_weights(model, checkpoint)
-    return model
 
 
 def _distance(cfg: CfgNode, features: Tensor, val: EvalLoader) -> Tensor:
