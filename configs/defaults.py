@@ -98,8 +98,10 @@ KEYS: dict[str, dict[str, Key]] = {
         ),
         "SDTPS_POOL": Key(
             "attention",
-            "how the selected tokens become one feature; under mean the aggregation ratio does next to nothing",
-            choices=("mean", "gem", "attention", "transformer"),
+            "how the selected tokens become one feature: mean (the aggregation ratio then does next to nothing), gem, "
+            "attention, transformer; reduce joins attention's with the class token; cross is reduce behind a layer in "
+            "which the tokens of all modalities attend to each other",
+            choices=("mean", "gem", "attention", "transformer", "reduce", "cross"),
         ),
         "SDTPS_GLOBAL": Key(
             "class",

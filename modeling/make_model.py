@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -13,7 +12,7 @@ from modeling import foreign
 from modeling.backbone import Backbone
 from modeling.fusion import Fusion
 from modeling.heads import BNNeck
-from modeling.pooling import make_pool
+from modeling.pooling import Reduce, make_pool
 from modeling.pretrained import load_pretrained
 from modeling.regions import region
 from modeling.sdtps import SDTPS, Selection
@@ -41,19 +40,6 @@ class Encoded:
     patches: Tensor
     class_tokens: Tensor
     present: Tensor | None = None
-
-
-class Reduce(nn.Module):
-    """GLOBAL_LOCAL: joins a global (B, C) with the mean of its patches (B, N, C) and reduces the pair to (B, C)."""
-
-    def __init__(self, embed_dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(2 * embed_dim)
-        self.linear = nn.Linear(2 * embed_dim, embed_dim)
-        self.act = QuickGELU()
-
-    def forward(self, global_: Tensor, patches: Tensor) -> Tensor:
-        return self.act(self.linear(self.norm(torch.cat([global_, patches.mean(dim=1)], dim=-1))))
 
 
 class ReIDModel(nn.Module):
@@ -112,7 +98,7 @@ class ReIDModel(nn.Module):
             head_dims["sdtps"] = len(MODALITIES) * width
         self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
         if sdtps is not None:
-            self.pool = nn.ModuleDict({m: make_pool(sdtps_pool, width) for m in MODALITIES})
+            self.pool = make_pool(sdtps_pool, width)
         self.train()
 
     def train(self, mode: bool = True) -> "ReIDModel":
@@ -180,7 +166,8 @@ class ReIDModel(nn.Module):
         patches, class_tokens = encoded.patches, encoded.class_tokens
         globals_ = class_tokens
         if self.reduce is not None:
-            globals_ = torch.stack([self.reduce[m](class_tokens[i], patches[i]) for i, m in enumerate(MODALITIES)])
+            local = patches.mean(dim=2)
+            globals_ = torch.stack([self.reduce[m](class_tokens[i], local[i]) for i, m in enumerate(MODALITIES)])
         by_modality = dict(zip(MODALITIES, globals_.unbind(0), strict=True))
 
         features, selection = {}, None
@@ -191,7 +178,11 @@ class ReIDModel(nn.Module):
         if self.sdtps is not None:
             anchors = globals_ if self.sdtps_global == "reduced" else class_tokens
             selection = self.sdtps.select(patches, anchors, encoded.present)
-            features["sdtps"] = torch.cat([self.pool[m](selection.tokens[m]) for m in MODALITIES], dim=-1)
+            tokens = torch.stack([selection.tokens[m] for m in MODALITIES])
+            pooled = self.pool(tokens, class_tokens, encoded.present)
+            if encoded.present is not None:
+                pooled = torch.where(encoded.present.T.unsqueeze(-1), pooled, 0.0)
+            features["sdtps"] = pooled.transpose(0, 1).flatten(1)
         if "RGB" in self.heads:
             features.update(by_modality)
 

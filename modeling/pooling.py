@@ -1,12 +1,17 @@
-"""From a set of tokens to one vector: the poolings that SDTPS may end with.
+"""From sets of tokens to one vector for each modality: the poolings that SDTPS may end with.
 
 With mean pooling the aggregation cancels out, mean(W v) = mean(W) v, and the number of aggregated tokens hardly
 matters; the others are not linear in W.
+
+Shape letters: B batch, M modalities, T tokens, C channels.
 """
 
 import torch
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from utils.modalities import MODALITIES
 
 
 class MeanPool(nn.Module):
@@ -53,19 +58,103 @@ class TransformerPool(nn.Module):
         return self.block(tokens).mean(dim=1)
 
 
+class Reduce(nn.Module):
+    """Joins a global (B, C) with a local feature (B, C), such as the mean of its patches, and reduces the pair to
+    (B, C). DeMo's GLOBAL_LOCAL."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * embed_dim)
+        self.linear = nn.Linear(2 * embed_dim, embed_dim)
+        self.act = QuickGELU()
+
+    def forward(self, global_: Tensor, local: Tensor) -> Tensor:
+        return self.act(self.linear(self.norm(torch.cat([global_, local], dim=-1))))
+
+
+class OwnPool(nn.ModuleDict):
+    """Each modality's tokens pooled by a module of its own; class tokens are not looked at."""
+
+    def __init__(self, kind: str, embed_dim: int):
+        super().__init__({m: make_token_pool(kind, embed_dim) for m in MODALITIES})
+
+    def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
+        return torch.stack([pool(x) for pool, x in zip(self.values(), tokens, strict=True)])
+
+
+class ReducePool(nn.Module):
+    """Each modality's tokens pooled by attention, then joined with its class token and reduced: a projection that
+    learns at the rate of the heads, as `ori` has one under GLOBAL_LOCAL."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.own = OwnPool("attention", embed_dim)
+        self.reduce = nn.ModuleDict({m: Reduce(embed_dim) for m in MODALITIES})
+
+    def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
+        pooled = self.own(tokens, class_tokens)
+        return torch.stack([self.reduce[m](class_tokens[i], pooled[i]) for i, m in enumerate(MODALITIES)])
+
+
+class CrossPool(nn.Module):
+    """One transformer layer over the class tokens and the tokens of all modalities; then each modality's class token
+    is joined with the mean of its tokens and reduced.
+
+    What the backbone keeps apart meets here. It costs next to nothing, as few tokens are left.
+    """
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.modality = nn.Parameter(torch.empty(len(MODALITIES), 1, embed_dim))
+        nn.init.trunc_normal_(self.modality, std=0.02)
+        self.block = Block(embed_dim, _num_heads(embed_dim), mlp_ratio=2.0, qkv_bias=True)
+        self.reduce = nn.ModuleDict({m: Reduce(embed_dim) for m in MODALITIES})
+
+    def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
+        x = torch.cat([class_tokens.unsqueeze(2), tokens.to(class_tokens.dtype)], dim=2).transpose(0, 1)  # (B, M, ...)
+        shape = x.shape[1:3]
+        mask = None
+        if present is not None:  # nobody looks at an absent modality, except where there is none
+            seen = present | ~present.any(dim=1, keepdim=True)
+            mask = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
+        x = self.block((x + self.modality).flatten(1, 2), attn_mask=mask).unflatten(1, shape).transpose(0, 1)
+        return torch.stack([self.reduce[m](x[i, :, 0], x[i, :, 1:].mean(dim=1)) for i, m in enumerate(MODALITIES)])
+
+
+TOKEN_POOLS = ("mean", "gem", "attention", "transformer")
+"""Poolings of the tokens of one modality."""
+POOLS = (*TOKEN_POOLS, "reduce", "cross")
+
+
 def make_pool(kind: str, embed_dim: int) -> nn.Module:
-    """The pooling named "mean", "gem", "attention" or "transformer", (B, T, C) -> (B, C).
+    """One of `POOLS`: tokens (M, B, T, C), class tokens (M, B, C), present (B, M) bool or None -> (M, B, C).
 
     Raises:
         ValueError: there is no such pooling.
     """
-    num_heads = next(heads for heads in (8, 4, 3, 2, 1) if embed_dim % heads == 0)
+    if kind == "reduce":
+        return ReducePool(embed_dim)
+    if kind == "cross":
+        return CrossPool(embed_dim)
+    return OwnPool(kind, embed_dim)
+
+
+def make_token_pool(kind: str, embed_dim: int) -> nn.Module:
+    """One of `TOKEN_POOLS`: tokens (B, T, C) -> (B, C).
+
+    Raises:
+        ValueError: there is no such pooling.
+    """
     pools = {
         "mean": MeanPool,
         "gem": GeMPool,
-        "attention": lambda: AttentionPool(embed_dim, num_heads),
-        "transformer": lambda: TransformerPool(embed_dim, num_heads),
+        "attention": lambda: AttentionPool(embed_dim, _num_heads(embed_dim)),
+        "transformer": lambda: TransformerPool(embed_dim, _num_heads(embed_dim)),
     }
     if kind not in pools:
-        raise ValueError(f"pooling {kind!r} is unknown, expected one of {', '.join(pools)}")
+        raise ValueError(f"pooling {kind!r} is unknown, expected one of {', '.join(POOLS)}")
     return pools[kind]()
+
+
+def _num_heads(embed_dim: int) -> int:
+    return next(heads for heads in (8, 4, 3, 2, 1) if embed_dim % heads == 0)

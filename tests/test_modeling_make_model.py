@@ -62,14 +62,15 @@ def test_direct_0_has_a_head_per_modality(tiny_cfg):
     assert 0 <= float(accuracy(out, batch()[2])) <= 1
 
 
-def test_a_missing_modality_is_a_zero_image_for_ori_and_absent_for_sdtps(tiny_cfg):
-    model = build(tiny_cfg()).eval()
+@pytest.mark.parametrize("pool", ["attention", "transformer", "cross"])
+def test_a_missing_modality_is_a_zero_image_for_ori_and_absent_for_sdtps(tiny_cfg, pool):
+    model = build(tiny_cfg("MODEL.SDTPS_POOL", pool)).eval()
     images, camid, _ = batch()
     present = torch.tensor([True, False, True]).expand(BATCH, -1)
     out = model(images, camid, present)
     zeroed = model({**images, "NI": torch.zeros_like(images["NI"])}, camid)
     torch.testing.assert_close(out.features["ori"], zeroed.features["ori"])
-    assert (out.selection.tokens["NI"] == 0).all()
+    assert (out.selection.tokens["NI"] == 0).all() and (out.features["sdtps"].chunk(3, dim=1)[1] == 0).all()
     nan = {**images, "NI": torch.full_like(images["NI"], float("nan"))}  # whatever lies in the place of a missing image
     assert torch.equal(model(nan, camid, present).features["both"], out.features["both"])
 
@@ -95,6 +96,8 @@ def test_without_cameras_the_mean_embedding_is_used(tiny_cfg):
         ("MODEL.SDTPS_ONLY", "True", "MODEL.SDTPS_GLOBAL", "reduced"),
         ("MODEL.USE_SDTPS", "False"),
         ("MODEL.SDTPS_SIMILARITY", "attention", "MODEL.SDTPS_POOL", "transformer"),
+        ("MODEL.SDTPS_POOL", "reduce"),
+        ("MODEL.SDTPS_POOL", "cross"),
     ],
 )
 def test_every_parameter_receives_a_gradient(tiny_cfg, opts):
