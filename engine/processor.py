@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def do_train(
     objective = parallel(Objective(model, loss_fn), state.epoch + 1)
     train_step = TrainStep(cfg, objective, guard, ema)
 
-    with StopRequest(s.RANK_TIMEOUT) as stop, CheckpointWriter() as files:
+    with StopRequest(s.RANK_TIMEOUT) as stop, closing(writer), CheckpointWriter() as files:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
@@ -191,12 +192,11 @@ def do_train(
         files.finish()
         if "last" in results:
             keep_results()  # the disk may have been full when it was tried before
+        else:
+            log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)
+            results["last"] = evaluate_now(state.epoch)
 
-    if "last" not in results:
-        log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)
-        results["last"] = evaluate_now(state.epoch)
     results["best"] = state.best or results["last"]
-    writer.close()
     log.info("the end\n%s", _final_table(results))
     return results
 
