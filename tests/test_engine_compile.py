@@ -73,22 +73,23 @@ def test_evaluation_is_compiled_where_a_run_evaluates_enough(tiny_cfg):
 
 @pytest.mark.parametrize("pays", [False, True])
 def test_a_run_evaluates_as_the_rule_says_and_trains_compiled(tiny_yaml, monkeypatch, pays):
-    """12 images, three evaluations."""
-    backend(monkeypatch, lambda graph, inputs: graph)
+    """12 images, three evaluations; where they are not compiled, every graph is there before the first of them."""
+    graphs, evaluated, trained = [], [], []
+    backend(monkeypatch, lambda graph, inputs: graphs.append(graph) or graph)
     monkeypatch.setattr(engine.compile, "EVALUATION_PAYS", 35 if pays else 36)
-    evaluated, trained = [], []
     evaluate, step = processor.evaluate, processor.TrainStep.__call__
-    monkeypatch.setattr(
-        processor,
-        "evaluate",
-        lambda cfg, model, *args, **kwargs: (
-            evaluated.append(is_compiled(model)) or evaluate(cfg, model, *args, **kwargs)
-        ),
-    )
-    monkeypatch.setattr(
-        processor.TrainStep,
-        "__call__",
-        lambda self, *args: trained.append(is_compiled(self.model)) or step(self, *args),
-    )
+
+    def watched_evaluate(cfg, model, *args, **kwargs):
+        evaluated.append((is_compiled(model), len(graphs)))
+        return evaluate(cfg, model, *args, **kwargs)
+
+    def watched_step(self, *args):
+        trained.append(is_compiled(self.model))
+        return step(self, *args)
+
+    monkeypatch.setattr(processor, "evaluate", watched_evaluate)
+    monkeypatch.setattr(processor.TrainStep, "__call__", watched_step)
     train_net.main(str(tiny_yaml), ["SOLVER.COMPILE", "on"])
-    assert evaluated == [pays] * 3 and set(trained) == {True}
+    assert [compiled for compiled, _ in evaluated] == [pays] * 3 and set(trained) == {True}
+    before, after = evaluated[0][1], len(graphs)
+    assert after > before > 0 if pays else after == before > 0
