@@ -1,5 +1,6 @@
 """Batches from cached pixels: gathered and sent by one thread ahead of their use, finished on the device."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,6 +16,12 @@ from utils.modalities import MODALITIES
 from .batch import Batch
 from .datasets import Sample
 from .device_transforms import DeviceAugment, DeviceNormalize
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same in every pass: torch keeps freed memory for the stream that it was taken on, each for itself."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class CachedBatches:
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """One pass of the sampler; while a batch is in use, the next is made ready."""
         self.transform.to(device)
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = _copying_stream(device) if device.type == "cuda" else None
         with ThreadPoolExecutor(1, "batches") as thread:
             current = None
             for items in self.batch_sampler:

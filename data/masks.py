@@ -6,6 +6,7 @@ black is the person (or vehicle). `python -m data.synthetic --masks` writes them
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,18 +54,23 @@ def person_patches(
 def _person_patches(
     paths: tuple[str, ...], size: tuple[int, int], patch: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor | None:
-    rows: list[Tensor] = []
+    files: list[Path] = []
     for path in paths:
         file = mask_path(path)
         if file is None:
-            if rows:
-                logger.warning("%s has no mask, %d images before it do: masks are not used", path, len(rows))
+            if files:
+                logger.warning("%s has no mask, %d images before it do: masks are not used", path, len(files))
             return None
-        try:
-            mask = read_image(str(file)).convert("L").resize((size[1], size[0]), Image.Resampling.NEAREST)
-        except UserError as error:
-            logger.warning("%s cannot be read (%s): masks are not used", file, error)
-            return None
+        files.append(file)
+
+    def patches(file: Path) -> Tensor:
+        mask = read_image(str(file)).convert("L").resize((size[1], size[0]), Image.Resampling.NEAREST)
         person = (v2.functional.pil_to_tensor(mask) > 0).float()
-        rows.append(F.avg_pool2d(person, patch, stride).flatten() >= PERSON_SHARE)
-    return torch.stack(rows)
+        return F.avg_pool2d(person, patch, stride).flatten() >= PERSON_SHARE
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(patches, files)))
+    except UserError as error:
+        logger.warning("masks are not used: %s", error)
+        return None

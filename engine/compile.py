@@ -1,6 +1,7 @@
 """torch.compile, region by region: when it is used, and what happens where it cannot be."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,10 @@ from solver.make_loss import ReIDLoss
 from utils.modalities import MODALITIES
 
 log = logging.getLogger(__name__)
+
+EVALUATION_PAYS = 100_000
+"""Triples to evaluate in a run for which compiling the network's evaluation takes as long as it saves: about 10 s for
+its graphs, which are others than those of training, and 0.1 ms a triple (ViT-B/16 on one H200)."""
 
 
 def compile_training(
@@ -56,6 +61,18 @@ def compile_training(
         return False
     log.info("compiled for training (%.0f s)", time.perf_counter() - start)
     return True
+
+
+def pays_in_evaluation(cfg: CfgNode, triples: int) -> bool:
+    """Whether a run evaluates so much that its evaluations should use the compiled regions.
+
+    The whole run counts, also where it is resumed: all its evaluations compute alike.
+
+    Args:
+        triples: of one evaluation, on this rank.
+    """
+    evaluations = 1 + math.ceil(cfg.SOLVER.MAX_EPOCHS / cfg.SOLVER.EVAL_PERIOD)
+    return evaluations * triples > EVALUATION_PAYS
 
 
 def _blank_step(cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int) -> None:

@@ -61,7 +61,7 @@ class Extraction:
     def join_ranks(self) -> None:
         """Brings what the ranks found on their shares to the main rank."""
         self.features = {name: [gather_rows(rows)] for name, rows in self.joined().items()}
-        self.kept = [kept for share in gather_objects(self.kept) for kept in share]
+        self.kept = [kept for share in gather_objects([kept.cpu() for kept in self.kept]) for kept in share]
         if self.monitor is not None:
             self.monitor.join_ranks()
 
@@ -76,6 +76,8 @@ def extract_features(
     keep: Sequence[int] = (),
 ) -> dict[str, Extraction]:
     """Runs the backbone once over a loader, and what lies behind it once for each pattern of missing modalities.
+
+    With all modalities, nothing here waits for the device before the last batch is under way.
 
     Of several ranks, each runs over its share, and the main one gets what all of them found.
 
@@ -98,6 +100,7 @@ def extract_features(
         pattern: Extraction({name: [] for name in names}, SelectionMonitor(person) if model.sdtps is not None else None)
         for pattern in missing
     }
+    stays = torch.tensor([[m[0].lower() not in pattern for m in MODALITIES] for pattern in missing], device=device)
     first, size = 0, 0
     silent = None if is_main() else True
     for batch in tqdm(loader.batches(device), desc="features", total=len(loader), leave=False, disable=silent):
@@ -109,9 +112,8 @@ def extract_features(
         regions = uncompiled(model) if last else nullcontext()
         with regions, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             encoded = model.encode(batch.images, batch.camid, batch.present)
-            for pattern, extraction in result.items():
-                stays = torch.tensor([m[0].lower() not in pattern for m in MODALITIES], device=device)
-                present = stays.expand(len(batch.pid), -1) if batch.present is None else batch.present & stays
+            for (pattern, extraction), stay in zip(result.items(), stays, strict=True):
+                present = stay.expand(len(batch.pid), -1) if batch.present is None else batch.present & stay
                 view = model.leave_out(encoded, present, batch.camid) if pattern else encoded
                 output = model.decode(view)
                 for name in names:
@@ -134,7 +136,7 @@ def _person_patches(model: ReIDModel, paths: Sequence[str], device: torch.device
 
 @dataclass
 class Kept:
-    """One sample with what SDTPS chose on it: images (M, 3, H, W), mask and scores (M, N), on the CPU."""
+    """One sample with what SDTPS chose on it: images (M, 3, H, W), mask and scores (M, N)."""
 
     images: Tensor
     mask: Tensor
@@ -143,7 +145,10 @@ class Kept:
     @classmethod
     def of(cls, images: dict[str, Tensor], selection: Selection, i: int) -> "Kept":
         fields = (images, selection.mask, selection.scores)
-        return cls(*(torch.stack([values[m][i] for m in MODALITIES]).cpu() for values in fields))
+        return cls(*(torch.stack([values[m][i] for m in MODALITIES]) for values in fields))
+
+    def cpu(self) -> "Kept":
+        return Kept(self.images.cpu(), self.mask.cpu(), self.scores.cpu())
 
 
 def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
@@ -199,7 +204,8 @@ def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[i
     features, monitor, pictures = extraction.joined(), extraction.monitor, {}
     _refuse_not_finite(features, val.paths)
     metrics = {name: rank(cfg, f, val) for name, f in features.items()}
-    statistics = {f"feature_norm/{name}": float(f.norm(dim=-1).mean()) for name, f in features.items()}
+    norms = torch.stack([f.norm(dim=-1).mean() for f in features.values()]).tolist()
+    statistics = {f"feature_norm/{name}": norm for name, norm in zip(features, norms, strict=True)}
     if extraction.kept:
         mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
         samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in extraction.kept]
@@ -212,10 +218,10 @@ def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[i
 
 
 def _refuse_not_finite(features: dict[str, Tensor], paths: Sequence[str]) -> None:
-    bad = {name: (~f.isfinite()).any(dim=1).cpu() for name, f in features.items()}
-    branches = [name for name, rows in bad.items() if rows.any()]
+    bad = torch.stack([(~f.isfinite()).any(dim=1) for f in features.values()]).cpu()  # (branches, N)
+    branches = [name for name, rows in zip(features, bad, strict=True) if rows.any()]
     if branches:
-        rows = bad[branches[0]]
+        rows = bad[bad.any(dim=1)][0]
         raise UserError(
             f"Not finite in the evaluation: the features of {', '.join(branches)} for {int(rows.sum())} of {len(rows)} "
             f"test images, such as {paths[int(rows.int().argmax())]}. Nothing was ranked or saved. A weight is NaN or "

@@ -104,17 +104,24 @@ class SelectionMonitor:
           place is kept alike, the higher the more the choice hangs on the place alone;
         - `person_recall`: share of the person's patches that were kept; `person_precision`: share of the kept patches
           that are the person's. Their `chance` is what patches kept at random give.
+
+        Empty where nothing was seen.
         """
-        result = {name: float(value) / self.images for name, value in self.sums.items()}
-        for m, count in self.cells.items():
+        if not self.images:
+            return {}
+        sums = torch.stack(list(self.sums.values())).tolist()
+        result = {name: value / self.images for name, value in zip(self.sums, sums, strict=True)}
+        cells = dict(zip(self.cells, torch.stack(list(self.cells.values())).cpu(), strict=True))
+        for m, count in cells.items():
             result[f"sdtps/cell_spread/{m}"] = float((count / self.images).std(correction=0))
-        for m, hits in self.person_kept.items():
-            kept, person = float(self.cells[m].sum()), float(self.person_patches)
-            patches = self.images * len(self.cells[m])
-            result[f"sdtps/person_recall/{m}"] = float(hits) / max(person, 1)
-            result[f"sdtps/person_precision/{m}"] = float(hits) / kept
-            result["sdtps/person_recall/chance"] = kept / patches
-            result["sdtps/person_precision/chance"] = person / patches
+        if isinstance(self.person_patches, Tensor):
+            person, *found = torch.stack([self.person_patches, *self.person_kept.values()]).tolist()
+            for m, hits in zip(self.person_kept, found, strict=True):
+                kept, patches = int(cells[m].sum()), self.images * len(cells[m])
+                result[f"sdtps/person_recall/{m}"] = hits / max(person, 1)
+                result[f"sdtps/person_precision/{m}"] = hits / kept
+                result["sdtps/person_recall/chance"] = kept / patches
+                result["sdtps/person_precision/chance"] = person / patches
         return result
 
     def cell_share(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from yacs.config import CfgNode
 from data import ReidData, tell_lost_workers
 from engine.background import CheckpointWriter
 from engine.checkpoint import Start, TrainState
-from engine.compile import compile_training
+from engine.compile import compile_training, pays_in_evaluation
 from engine.device import autocast_dtype, describe
 from engine.diagnosis import DiagnosingWriter, Diagnosis
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
@@ -24,7 +25,7 @@ from engine.output import LAST, METRICS_FILE, open_output_dir
 from engine.parallel import Objective, parallel
 from engine.step import TrainStep
 from modeling import ReIDModel
-from modeling.regions import compile_regions
+from modeling.regions import compile_regions, uncompiled
 from solver.make_loss import ReIDLoss
 from solver.scheduler import CosineSchedule, DemoSchedule
 from utils.distributed import average, barrier, from_main, is_main, rank, world_size
@@ -92,7 +93,9 @@ def do_train(
     writer = DiagnosingWriter(out, Diagnosis(cfg, loss_fn), resume_step=state.global_step + 1 if start else None)
 
     def evaluate_now(epoch: int) -> dict:
-        result = evaluate(cfg, ema.module if ema else model, data.val, pictures=PICTURES)
+        network = ema.module if ema else model
+        with nullcontext() if pays_in_evaluation(cfg, len(data.val.indices)) else uncompiled(network):
+            result = evaluate(cfg, network, data.val, pictures=PICTURES)
         _record_evaluation(result, writer, epoch, state.global_step)
         return result.metrics | {"epoch": epoch}
 
@@ -116,7 +119,7 @@ def do_train(
     objective = parallel(Objective(model, loss_fn), state.epoch + 1)
     train_step = TrainStep(cfg, objective, guard, ema)
 
-    with StopRequest(s.RANK_TIMEOUT) as stop, CheckpointWriter() as files:
+    with StopRequest(s.RANK_TIMEOUT) as stop, closing(writer), CheckpointWriter() as files:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
@@ -191,12 +194,11 @@ def do_train(
         files.finish()
         if "last" in results:
             keep_results()  # the disk may have been full when it was tried before
+        else:
+            log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)
+            results["last"] = evaluate_now(state.epoch)
 
-    if "last" not in results:
-        log.info("MAX_EPOCHS %d is reached: nothing left to train", s.MAX_EPOCHS)
-        results["last"] = evaluate_now(state.epoch)
     results["best"] = state.best or results["last"]
-    writer.close()
     log.info("the end\n%s", _final_table(results))
     return results
 

@@ -54,7 +54,7 @@ def test_masks_of_some_images_or_broken_ones_are_not_used(tmp_path, caplog):
     grid = ((4, 4), (2, 2), (2, 2))
     assert person_patches(paths[1:2], *grid) is None and not caplog.records
     assert person_patches(paths[:2], *grid) is None and "b.jpg has no mask" in caplog.text
-    assert person_patches(paths[::2], *grid) is None and "broken.png cannot be read" in caplog.text
+    assert person_patches(paths[::2], *grid) is None and "broken.png: cannot be decoded" in caplog.text
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ import logging
 import pytest
 import torch
 
-from engine.compile import compile_training
+import engine.compile
+import train_net
+from engine import processor
+from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation
 from modeling import make_model, regions
 from modeling.regions import is_compiled, uncompiled
 from solver import make_loss
@@ -59,3 +62,34 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
     assert not is_compiled(model) and not is_compiled(loss_fn)
     images = {m: torch.zeros(2, 3, *cfg.INPUT.SIZE_TRAIN) for m in ("RGB", "NI", "TI")}
     assert model(images, torch.tensor([0, 1])).logits
+
+
+def test_evaluation_is_compiled_where_a_run_evaluates_enough(tiny_cfg):
+    """Before training and after epochs 3, 6, 9 and the tenth and last: five times."""
+    cfg = tiny_cfg("SOLVER.MAX_EPOCHS", "10", "SOLVER.EVAL_PERIOD", "3")
+    assert not pays_in_evaluation(cfg, EVALUATION_PAYS // 5)
+    assert pays_in_evaluation(cfg, EVALUATION_PAYS // 5 + 1)
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_run_evaluates_as_the_rule_says_and_trains_compiled(tiny_yaml, monkeypatch, pays):
+    """12 images, three evaluations; where they are not compiled, every graph is there before the first of them."""
+    graphs, evaluated, trained = [], [], []
+    backend(monkeypatch, lambda graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(engine.compile, "EVALUATION_PAYS", 35 if pays else 36)
+    evaluate, step = processor.evaluate, processor.TrainStep.__call__
+
+    def watched_evaluate(cfg, model, *args, **kwargs):
+        evaluated.append((is_compiled(model), len(graphs)))
+        return evaluate(cfg, model, *args, **kwargs)
+
+    def watched_step(self, *args):
+        trained.append(is_compiled(self.model))
+        return step(self, *args)
+
+    monkeypatch.setattr(processor, "evaluate", watched_evaluate)
+    monkeypatch.setattr(processor.TrainStep, "__call__", watched_step)
+    train_net.main(str(tiny_yaml), ["SOLVER.COMPILE", "on"])
+    assert [compiled for compiled, _ in evaluated] == [pays] * 3 and set(trained) == {True}
+    before, after = evaluated[0][1], len(graphs)
+    assert after > before > 0 if pays else after == before > 0

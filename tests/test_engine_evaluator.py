@@ -74,6 +74,25 @@ def test_evaluation_leaves_no_trace(setup):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_no_batch_waits_for_the_one_before(setup, monkeypatch):
+    """Between the first batch and the last, nothing is read back from the device and nothing sent there by waiting."""
+    cfg, model, data = setup("TEST.IMS_PER_BATCH", "5", "DATALOADER.CACHE", "memory")
+    calls = []
+
+    def record(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(name) or original(*args, **kwargs))
+
+    record(type(model), "decode")
+    record(torch, "tensor")
+    for name in ("cpu", "item", "tolist", "__bool__", "__float__", "__int__"):
+        record(torch.Tensor, name)
+    assert evaluate(cfg, model, data.val, pictures=4).pictures
+    first, last = calls.index("decode"), len(calls) - calls[::-1].index("decode")
+    assert calls[first:last] == ["decode"] * 3
+    assert "cpu" in calls[last:]
+
+
 @pytest.mark.parametrize("opts", [(), ("MODEL.SIE_CAMERA", "False")])
 def test_missing_modalities_are_zero_images_without_another_pass(setup, opts):
     """Each pattern gives what the model gives with `present`; images pass the backbone once, blank ones beside them."""

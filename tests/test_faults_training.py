@@ -9,6 +9,7 @@ import signal
 
 import pytest
 from faults.sigkill import difference
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_net
 from engine import processor
@@ -123,6 +124,17 @@ def test_a_weight_spoilt_before_the_evaluation_is_no_metric(tiny_yaml, tmp_path,
     out = tmp_path / "run"
     assert read_file(out / "last.pth")["epoch"] == 1
     assert [line["epoch"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "eval"] == [0, 1]
+
+
+def test_what_was_told_before_a_run_broke_off_is_there(tiny_yaml, tmp_path, at_step):
+    """The pictures and numbers of the evaluations before, also where only a closed writer has them on disk."""
+    at_step(STEPS + 1, lambda guard: spoil_gradient(guard, math.nan))
+    with pytest.raises(NonFiniteError):
+        train(tiny_yaml, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
+    assert names == {f"{tag}_epoch_00{epoch}.png" for tag in ("selection", "kept_share") for epoch in (0, 1)}
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert len(board.Images("selection")) == len(board.Scalars("eval/both/mAP")) == 2
 
 
 def test_one_seed_gives_one_run(tiny_yaml, tmp_path):

@@ -2,6 +2,9 @@ import json
 import logging
 import resource
 import signal
+import subprocess
+import sys
+import threading
 import warnings
 
 import pytest
@@ -81,6 +84,40 @@ def test_metrics_go_to_both_places(tmp_path):
     assert [(image.step, image.height, image.width) for image in board.Images("selection")] == [(54, 8, 4)]
     with Image.open(tmp_path / "pictures" / "selection_epoch_003.png") as picture:
         assert picture.size == (4, 8)
+
+
+def test_pictures_do_not_hold_up_the_run(tmp_path, monkeypatch):
+    """While the first is being written, numbers and a second one come in; closing waits for both, in their order."""
+    writer, gate, saved = MetricsWriter(tmp_path), threading.Event(), []
+    save = writer._save_picture
+
+    def slow(picture, path):
+        assert gate.wait(10)
+        save(picture, path)
+        saved.append(path.name)
+
+    monkeypatch.setattr(writer, "_save_picture", slow)
+    for epoch in (1, 2):
+        writer.image("selection", torch.full((3, 8, 4), epoch, dtype=torch.uint8), epoch, epoch)
+    writer.scalars(3, 3, {"loss": 1.0})
+    assert not saved and lines(tmp_path / "metrics.jsonl")
+    gate.set()
+    writer.close()
+    assert saved == ["selection_epoch_001.png", "selection_epoch_002.png"]
+    for epoch, name in enumerate(saved, 1):
+        with Image.open(tmp_path / "pictures" / name) as picture:
+            assert picture.getextrema() == ((epoch, epoch),) * 3
+    images = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("selection")
+    assert [image.step for image in images] == [1, 2]
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise KeyboardInterrupt", "raise RuntimeError"])
+def test_a_process_that_ends_without_closing_has_its_pictures(tmp_path, end):
+    script = "import sys, torch; from utils.logging import MetricsWriter; writer = MetricsWriter(sys.argv[1])\n"
+    script += f"writer.image('selection', torch.zeros(3, 900, 900, dtype=torch.uint8), 1, 1)\n{end}\n"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True)
+    with Image.open(tmp_path / "pictures" / "selection_epoch_001.png") as picture:
+        picture.load()
 
 
 def test_a_resumed_run_appends_after_half_a_line(tmp_path):

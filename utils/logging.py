@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ class MetricsWriter:
     appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run;
     lines that found no room are written with the next one that does. Of several ranks, the main one writes.
 
+    Pictures are compressed and written by a thread, in their order; `close` waits for it, and so does the end of the
+    process.
+
     Args:
         output_dir: the folder of the run.
         resume_step: first step of a resumed run; TensorBoard hides what an interrupted run wrote from there on.
@@ -111,6 +115,7 @@ class MetricsWriter:
         self._complained: set[str] = set()
         self._unwritten = b""
         self._writes = is_main()
+        self._pictures = ThreadPoolExecutor(1, "pictures")
         self.attempt(str(self.path), self._open_lines)
         self.attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
 
@@ -124,12 +129,16 @@ class MetricsWriter:
             self._on_board("add_scalar", f"{kind}/{name}", number, step)
 
     def image(self, tag: str, picture: torch.Tensor, step: int, epoch: int) -> None:
-        """Show a uint8 picture (3, H, W) in TensorBoard, and keep it as `pictures/<tag>_epoch_<n>.png`."""
-        self._on_board("add_image", tag, picture, step)
+        """Show a uint8 picture (3, H, W) in TensorBoard, and keep it as `pictures/<tag>_epoch_<n>.png`; does not wait.
+
+        The picture must stay as it is until it is written.
+        """
         path = self.path.parent / "pictures" / f"{tag}_epoch_{epoch:03d}.png"
-        self.attempt(str(path.parent), self._save_picture, picture, path)
+        self._pictures.submit(self._write_picture, tag, picture, step, path)
 
     def close(self) -> None:
+        """Waits until all is written."""
+        self._pictures.shutdown()
         if self._unwritten:
             self.attempt(str(self.path), self._append, "")
         self._on_board("close")
@@ -149,6 +158,10 @@ class MetricsWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._unwritten = b""
 
+    def _write_picture(self, tag: str, picture: torch.Tensor, step: int, path: Path) -> None:
+        self._on_board("add_image", tag, picture, step)
+        self.attempt(str(path.parent), self._save_picture, picture, path)
+
     def _save_picture(self, picture: torch.Tensor, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
@@ -159,7 +172,8 @@ class MetricsWriter:
         self.board = SummaryWriter(folder, purge_step=resume_step, flush_secs=30)
 
     def _on_board(self, method: str, *args: Any) -> None:
-        if self.board is not None and not self.attempt("TensorBoard", getattr(self.board, method), *args):
+        board = self.board  # the other thread may give it up
+        if board is not None and not self.attempt("TensorBoard", getattr(board, method), *args):
             self.board = None
 
     def attempt(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
