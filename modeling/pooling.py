@@ -116,7 +116,8 @@ class CrossPool(nn.Module):
         mask = None
         if present is not None:  # nobody looks at an absent modality, except where there is none
             seen = present | ~present.any(dim=1, keepdim=True)
-            mask = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
+            seen = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
         x = self.block((x + self.modality).flatten(1, 2), attn_mask=mask).unflatten(1, shape).transpose(0, 1)
         return torch.stack([self.reduce[m](x[i, :, 0], x[i, :, 1:].mean(dim=1)) for i, m in enumerate(MODALITIES)])
 
