@@ -108,6 +108,12 @@ KEYS: dict[str, dict[str, Key]] = {
             "the global that patches are compared with: the class token, or GLOBAL_LOCAL's reduced one",
             choices=("class", "reduced"),
         ),
+        "SDTPS_AFTER_BLOCK": Key(
+            0,
+            "select behind this block of the backbone, counted from 1: the dropped patches leave it there, joined to "
+            "one token, and the other blocks work on the kept ones alone; 0 selects behind the last block",
+            within=_NOT_NEGATIVE,
+        ),
         "SDTPS_USE_GUMBEL": Key(False, "in training, choose the patches by Gumbel top-k sampling"),
         "SDTPS_GUMBEL_TAU": Key(1.0, "temperature of that sampling: above 1 more random", within=_POSITIVE),
         "SDTPS_LOSS_WEIGHT": Key(1.0, "weight of the losses of branch sdtps", within=_NOT_NEGATIVE),

@@ -164,6 +164,12 @@ def _sdtps(cfg: CfgNode) -> Iterator[tuple[tuple[str, ...], str]]:
             ("MODEL.SDTPS_GLOBAL", "MODEL.GLOBAL_LOCAL"),
             "the reduced global is made by GLOBAL_LOCAL. Set MODEL.GLOBAL_LOCAL True, or MODEL.SDTPS_GLOBAL class.",
         )
+    if model.USE_SDTPS and model.SDTPS_GLOBAL == "reduced" and model.SDTPS_AFTER_BLOCK > 0:
+        yield (
+            ("MODEL.SDTPS_GLOBAL", "MODEL.SDTPS_AFTER_BLOCK"),
+            "the reduced global is made behind the backbone, the selection would come before it. "
+            "Set MODEL.SDTPS_GLOBAL class, or MODEL.SDTPS_AFTER_BLOCK 0.",
+        )
     if model.USE_SDTPS and model.SDTPS_USE_GUMBEL and model.SDTPS_CHOICE == "random":
         yield (
             ("MODEL.SDTPS_USE_GUMBEL", "MODEL.SDTPS_CHOICE"),

@@ -10,6 +10,7 @@ that nothing is copied.
 Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,13 +40,17 @@ class TiledAttention(Attention):
         return self.proj_drop(self.proj(tiled_attention(self.qkv(x), self.num_heads, self.num_prefix)))
 
 
-def use_tiled_attention(vit: nn.Module, num_patches: int) -> None:
-    """Lets the blocks of a timm ViT attend through the kernels, where there are some for its shape."""
-    blocks: list[Any] = [getattr(block, "attn", None) for block in vit.blocks]
-    fits = triton is not None and vit.num_prefix_tokens <= MAX_PREFIX and num_patches in PATCHES
-    if fits and all(type(a) is Attention and a.head_dim in HEAD_DIMS and _is_plain(a) for a in blocks):
-        for attention in blocks:
-            attention.__class__, attention.num_prefix = TiledAttention, vit.num_prefix_tokens
+def use_tiled_attention(blocks: Sequence[Any], num_tokens: int) -> None:
+    """Lets blocks of a timm ViT attend over that many tokens through the kernels, where there are some for the shape;
+    the tokens beyond the power of two count as prefix."""
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+    num_prefix = next((num_tokens - n for n in PATCHES if 1 <= num_tokens - n <= MAX_PREFIX), 0)
+    fits = triton is not None and num_prefix > 0
+    if not all(type(a) in (Attention, TiledAttention) and a.head_dim in HEAD_DIMS and _is_plain(a) for a in attentions):
+        return
+    for attention in attentions:
+        attention.__class__ = TiledAttention if fits else Attention
+        attention.num_prefix = num_prefix
 
 
 def _is_plain(attention: Attention) -> bool:

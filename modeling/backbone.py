@@ -25,7 +25,8 @@ VIT_FAMILIES = ("vision_transformer", "deit", "eva")
 
 
 GROUP = 4
-"""Blocks that are compiled together: fewer, larger regions start faster in every step but take longer to compile."""
+"""Blocks that are compiled together, at most: fewer, larger regions start faster in every step but take longer to
+compile."""
 
 
 class Backbone(nn.Module):
@@ -48,6 +49,7 @@ class Backbone(nn.Module):
         width: W; embed_dim: C.
         vit: timm's module; proj: Linear (W -> C), or Identity where the ViT has no projection.
         cam_embed: (num_cameras, W), or None.
+        split_after: the block behind which `begin` stops; 0 where the backbone is not split.
 
     Raises:
         UserError: the name is unknown or no ViT, or the images and the stride do not suit its patches.
@@ -69,7 +71,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.timm_name = find_vit(vit_name)
         self.img_size, self.depth_limit, self.sie_coe = (img_size[0], img_size[1]), depth, sie_coe
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.split_after = False, 0
 
         def create(size: tuple[int, int]) -> nn.Module:
             return timm.create_model(
@@ -108,7 +110,7 @@ class Backbone(nn.Module):
         self.vit.attn_pool = None  # a pooling head of some ViTs: the class token is the global here
         use_drop_path(self.vit)
         use_recomputed_activation(self.vit)
-        use_tiled_attention(self.vit, self.num_patches)
+        use_tiled_attention(self.vit.blocks, self.vit.num_prefix_tokens + self.num_patches)
 
         self.width = self.embed_dim = self.vit.embed_dim
         self.proj: nn.Module = nn.Identity()
@@ -133,21 +135,38 @@ class Backbone(nn.Module):
         Raises:
             UserError: the images are not of the size given at construction.
         """
+        tokens, ropes = self._start(x, camid)
+        return self.project(self._run(tokens, ropes, 0, len(self.vit.blocks)))
+
+    def begin(self, x: Tensor, camid: Tensor | None = None) -> Tensor:
+        """Images, as in `forward` -> tokens (B, L, W) behind block `split_after`: prefix tokens, then patches."""
+        tokens, ropes = self._start(x, camid)
+        return self._run(tokens, ropes, 0, self.split_after)
+
+    def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of `begin`, of which some have left -> all but the prefix (B, ., C), and globals (B, C)."""
+        blocks = len(self.vit.blocks)
+        return self.project(self._run(tokens, [None] * blocks, self.split_after, blocks))
+
+    def _start(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
         if x.shape[-2:] != self.img_size:
             raise UserError(
                 f"got images of {x.shape[-2]}x{x.shape[-1]} pixels, but this backbone was built for "
                 f"{self.img_size[0]}x{self.img_size[1]} (height x width, INPUT.SIZE_TRAIN)."
             )
-        tokens, ropes = self._embed(x, camid)
-        size = 1 if self.grad_checkpointing else GROUP
+        return self._embed(x, camid)
+
+    def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int) -> Tensor:
+        """Blocks first to last - 1, in groups of equal size so that few are compiled, (B, L, W) -> (B, L, W)."""
         blocks = tuple(self.vit.blocks)
-        for i in range(0, len(blocks), size):
+        size = 1 if self.grad_checkpointing else group_size(self.split_after, len(blocks))
+        for i in range(first, last, size):
             args = (blocks[i : i + size], tokens, ropes[i : i + size])
             if self.grad_checkpointing and self.training:
                 tokens = checkpoint(self._transform, *args, use_reentrant=False)
             else:
                 tokens = self._transform(*args)
-        return self._project(tokens)
+        return tokens
 
     @region
     def _embed(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -169,8 +188,8 @@ class Backbone(nn.Module):
         return tokens
 
     @region
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm and projection of the last tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm and projection behind the last block, tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
         tokens = self.proj(self.vit.fc_norm(self.vit.norm(tokens)))  # timm fills one of the two norms
         return tokens[:, self.vit.num_prefix_tokens :], tokens[:, 0]
 
@@ -194,9 +213,38 @@ class Backbone(nn.Module):
         camera = self.cam_embed.mean(dim=0, keepdim=True) if camid is None else self.cam_embed[camid]
         return torch.cat([tokens[:, :1] + self.sie_coe * camera.unsqueeze(1), tokens[:, 1:]], dim=1)
 
+    def split(self, after: int, remaining: int) -> None:
+        """Lets `begin` stop behind a block and `end` go on with fewer tokens.
+
+        Args:
+            after: blocks in `begin`, 1 to one less than there are.
+            remaining: tokens in `end` besides the prefix ones.
+
+        Raises:
+            UserError: there is no such place, or the ViT has rotary positions, which belong to the whole grid.
+        """
+        depth = len(self.vit.blocks)
+        if not 1 <= after < depth:
+            raise UserError(
+                f"MODEL.SDTPS_AFTER_BLOCK is {after}, but {self.timm_name} has {depth} blocks here: give 1 to "
+                f"{depth - 1}, or 0 to select behind the last."
+            )
+        if isinstance(self.vit, Eva):
+            raise UserError(
+                f"MODEL.SDTPS_AFTER_BLOCK is {after}, but the blocks of {self.timm_name} take rotary positions of the "
+                "whole grid: set it to 0, or choose a ViT with a position embedding, such as ViT-B-16."
+            )
+        self.split_after = after
+        use_tiled_attention(self.vit.blocks[after:], self.vit.num_prefix_tokens + remaining)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only the input of each block and compute the rest again in the backward pass."""
         self.grad_checkpointing = enable
+
+
+def group_size(split_after: int, depth: int) -> int:
+    """The largest number of blocks up to `GROUP` by which both parts of a backbone can be cut into equal groups."""
+    return max(size for size in range(1, GROUP + 1) if split_after % size == 0 and (depth - split_after) % size == 0)
 
 
 class Recomputed(nn.Module):

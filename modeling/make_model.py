@@ -15,7 +15,7 @@ from modeling.heads import BNNeck
 from modeling.pooling import Reduce, make_pool
 from modeling.pretrained import load_pretrained
 from modeling.regions import region
-from modeling.sdtps import SDTPS, Selection
+from modeling.sdtps import SDTPS, Choice, Selection, fuse_dropped, gather_tokens
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -40,6 +40,9 @@ class Encoded:
     patches: Tensor
     class_tokens: Tensor
     present: Tensor | None = None
+    stream: Tensor | None = None
+    """Where patches leave the backbone: the tokens (M, B, L, W) from which it goes on. Patches and class tokens are
+    then those of its middle."""
 
 
 class ReIDModel(nn.Module):
@@ -54,6 +57,8 @@ class ReIDModel(nn.Module):
         sdtps: branch `sdtps`; None for none.
         sdtps_pool: name of the pooling behind it.
         sdtps_global: "class" scores patches against the class token, "reduced" against the reduced global.
+        sdtps_after_block: the block of the backbone behind which the dropped patches leave it, joined to one token that
+            stays; 0 selects behind the last.
         sdtps_only: no other branch than `sdtps`.
         neck_feat: features in evaluation are taken "before" or "after" the BNNeck.
         branch_norm: in evaluation, bring each branch to unit length before `both` joins them.
@@ -71,6 +76,7 @@ class ReIDModel(nn.Module):
         sdtps: SDTPS | None = None,
         sdtps_pool: str = "attention",
         sdtps_global: str = "class",
+        sdtps_after_block: int = 0,
         sdtps_only: bool = False,
         neck_feat: str = "before",
         branch_norm: bool = False,
@@ -99,6 +105,8 @@ class ReIDModel(nn.Module):
         self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
         if sdtps is not None:
             self.pool = make_pool(sdtps_pool, width)
+            if sdtps_after_block:
+                backbone.split(sdtps_after_block, sdtps.num_kept + (sdtps.num_kept < sdtps.num_patches))
         self.train()
 
     def train(self, mode: bool = True) -> "ReIDModel":
@@ -132,9 +140,17 @@ class ReIDModel(nn.Module):
         if present is not None:
             x = torch.where(present.T[:, :, None, None, None], x, 0.0)
         cameras = None if camid is None else camid.repeat(len(MODALITIES))
-        patches, class_tokens = self.backbone(x.flatten(0, 1), cameras)
-        modality_first = (len(MODALITIES), -1)
-        return Encoded(patches.unflatten(0, modality_first), class_tokens.unflatten(0, modality_first), present)
+        patches, class_tokens, stream = self._encode(x.flatten(0, 1), cameras)
+        shape = x.shape[:2]
+        stream = None if stream is None else stream.unflatten(0, shape)
+        return Encoded(patches.unflatten(0, shape), class_tokens.unflatten(0, shape), present, stream)
+
+    def _encode(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images (B, 3, H, W) -> patches, class tokens, and the stream where patches leave the backbone."""
+        if not self.backbone.split_after:
+            return *self.backbone(x, camid), None
+        stream = self.backbone.begin(x, camid)
+        return *self.backbone.project(stream), stream
 
     def leave_out(self, encoded: Encoded, present: Tensor, camid: Tensor | None = None) -> Encoded:
         """What `encode` would give with `present`, from the encoding of all modalities.
@@ -151,18 +167,42 @@ class ReIDModel(nn.Module):
         if camid is not None and self.backbone.cam_embed is not None:
             cameras, row = camid.unique(return_inverse=True)
         blank = like.new_zeros(1 if cameras is None else len(cameras), 3, *self.backbone.img_size)
-        patches, class_tokens = self.backbone(blank, cameras)
+        patches, class_tokens, stream = self._encode(blank, cameras)
 
         there = present.T.unsqueeze(-1)  # (M, B, 1)
         return Encoded(
             torch.where(there.unsqueeze(-1), encoded.patches, patches[row]),
             torch.where(there, encoded.class_tokens, class_tokens[row]),
             present,
+            None if stream is None else torch.where(there.unsqueeze(-1), encoded.stream, stream[row]),
         )
 
-    @region
     def decode(self, encoded: Encoded) -> ReIDOutput:
-        """Everything behind the backbone: the branches and their heads."""
+        """Everything behind `encode`: what is left of the backbone, the branches and their heads."""
+        return self._branches(*self.finish_backbone(encoded))
+
+    def finish_backbone(self, encoded: Encoded) -> tuple[Encoded, Choice | None]:
+        """Where patches leave the backbone: chooses, and takes the kept ones and the dropped, as one token before them,
+        through the other blocks. Elsewhere everything is finished."""
+        if encoded.stream is None:
+            return encoded, None
+        choice, stream = self._drop(encoded)
+        shape = stream.shape[:2]
+        patches, class_tokens = self.backbone.end(stream.flatten(0, 1))
+        return Encoded(patches.unflatten(0, shape), class_tokens.unflatten(0, shape), encoded.present), choice
+
+    @region
+    def _drop(self, encoded: Encoded) -> tuple[Choice, Tensor]:
+        """Chooses by the tokens of the backbone's middle, and what stays of its stream: prefix, fused, kept."""
+        assert self.sdtps is not None and encoded.stream is not None
+        choice = self.sdtps.decide(encoded.patches, encoded.class_tokens, encoded.present)
+        prefix, patches = encoded.stream.tensor_split([self.backbone.vit.num_prefix_tokens], dim=2)
+        kept = gather_tokens(patches, choice.kept)
+        return choice, torch.cat([prefix, fuse_dropped(patches, choice), kept], dim=2)
+
+    @region
+    def _branches(self, encoded: Encoded, choice: Choice | None) -> ReIDOutput:
+        """Everything behind the backbone."""
         patches, class_tokens = encoded.patches, encoded.class_tokens
         globals_ = class_tokens
         if self.reduce is not None:
@@ -176,8 +216,12 @@ class ReIDModel(nn.Module):
         if self.fusion is not None:
             features["moe"] = self.fusion(dict(zip(MODALITIES, patches.unbind(0), strict=True)), by_modality)
         if self.sdtps is not None:
-            anchors = globals_ if self.sdtps_global == "reduced" else class_tokens
-            selection = self.sdtps.select(patches, anchors, encoded.present)
+            if choice is None:
+                anchors = globals_ if self.sdtps_global == "reduced" else class_tokens
+                selection = self.sdtps.select(patches, anchors, encoded.present)
+            else:
+                fused, kept = patches.split([patches.shape[2] - self.sdtps.num_kept, self.sdtps.num_kept], dim=2)
+                selection = self.sdtps.finish(choice, kept, fused, encoded.present)
             tokens = torch.stack([selection.tokens[m] for m in MODALITIES])
             pooled = self.pool(tokens, class_tokens, encoded.present)
             if encoded.present is not None:
@@ -249,6 +293,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
         sdtps=sdtps,
         sdtps_pool=m.SDTPS_POOL,
         sdtps_global=m.SDTPS_GLOBAL,
+        sdtps_after_block=m.SDTPS_AFTER_BLOCK,
         sdtps_only=m.SDTPS_ONLY,
         neck_feat=cfg.TEST.NECK_FEAT,
         branch_norm=cfg.TEST.BRANCH_NORM,

@@ -34,6 +34,20 @@ RANGE_FLOOR = 1e-2
 
 
 @dataclass
+class Choice:
+    """Which patches were chosen, modality first, and by what scores."""
+
+    scores: Tensor
+    """(M, B, N) importance s."""
+    predicted: Tensor
+    """(M, B, N) the predictor's part of it, in (0, 1)."""
+    kept: Tensor
+    """(M, B, K) indices of the kept patches, best first."""
+    dropped: Tensor
+    """(M, B, N - K) indices of the others."""
+
+
+@dataclass
 class Selection:
     """What SDTPS chose and made of it; every field maps a modality's name to its tensor."""
 
@@ -75,6 +89,16 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(-2, index.unsqueeze(-1).expand(*index.shape, tokens.shape[-1]))
 
 
+def fuse_dropped(tokens: Tensor, choice: Choice) -> Tensor:
+    """The dropped of the tokens (M, B, N, C), weighted by the softmax of their scores -> (M, B, 1, C), or (M, B, 0, C)
+    if nothing was dropped."""
+    scores, dropped = choice.scores, choice.dropped
+    if dropped.shape[-1] == 0:
+        return tokens[..., :0, :]
+    share = torch.zeros_like(scores).scatter(-1, dropped, scores.gather(-1, dropped).softmax(-1))
+    return share.unsqueeze(-2).to(tokens.dtype) @ tokens
+
+
 def best_first(scores: Tensor) -> Tensor:
     """Indices that sort scores (..., N) in descending order; equal ones stay in their order."""
     return scores.sort(dim=-1, descending=True, stable=True).indices
@@ -89,6 +113,10 @@ def opaque_best_first(scores: Tensor) -> Tensor:
 @opaque_best_first.register_fake
 def _(scores: Tensor) -> Tensor:
     return torch.empty_like(scores, dtype=torch.long, memory_format=torch.contiguous_format)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _fixed_noise(like: Tensor) -> Tensor:
@@ -228,16 +256,38 @@ class SDTPS(nn.Module):
         """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""
         if v.shape[2] != self.num_patches:
             raise ValueError(f"got {v.shape[2]} patch tokens, this SDTPS was built for {self.num_patches}")
-        dtype = torch.promote_types(v.dtype, torch.float32)
+        choice = self.decide(v, g, present)
+        return self.aggregate(v, choice, present)
+
+    def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
+        """Scores and chooses: the first half of `select`, for patches that have a way to go before they are mixed."""
         with torch.autocast(v.device.type, enabled=False):
-            v, g = v.to(dtype), g.to(dtype)
+            v, g = _at_least_float32(v), _at_least_float32(g)
             scores, predicted = self.score(v, g, present)
-            kept, dropped = self.choose(scores)
-            out = self.aggregate(v, scores, kept, dropped)
+            return Choice(scores, predicted, *self.choose(scores))
+
+    def aggregate(self, v: Tensor, choice: Choice, present: Tensor | None = None) -> Selection:
+        """What comes of the patches v (M, B, N, C) by a given choice: the second half of `select`."""
+        with torch.autocast(v.device.type, enabled=False):
+            v = _at_least_float32(v)
+            return self.finish(choice, gather_tokens(v, choice.kept), fuse_dropped(v, choice), present)
+
+    def finish(self, choice: Choice, kept: Tensor, fused: Tensor, present: Tensor | None = None) -> Selection:
+        """`aggregate`, where the kept and the dropped patches are apart already.
+
+        Args:
+            choice: of `decide`.
+            kept: (M, B, K, C) the kept patches, in its order.
+            fused: (M, B, 1, C) the dropped ones as one token, or (M, B, 0, C); see `fuse_dropped`.
+            present: as in `forward`.
+        """
+        with torch.autocast(kept.device.type, enabled=False):
+            out = self.mix(_at_least_float32(kept), choice.scores.gather(-1, choice.kept))
+            out = torch.cat([out, _at_least_float32(fused)], dim=-2)
             if present is not None:
                 out = torch.where(present.T[:, :, None, None], out, 0.0)
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
-        fields = (out, mask, scores, predicted, kept)
+        mask = torch.zeros_like(choice.scores, dtype=torch.bool).scatter(-1, choice.kept, True)
+        fields = (out, mask, choice.scores, choice.predicted, choice.kept)
         return Selection(*(dict(zip(MODALITIES, field.unbind(0), strict=True)) for field in fields))
 
     def score(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -264,14 +314,10 @@ class SDTPS(nn.Module):
         order = (opaque_best_first if is_compiled(self) else best_first)(ranked)
         return order[..., : self.num_kept], order[..., self.num_kept :]
 
-    def aggregate(self, v: Tensor, scores: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-        """Output tokens of a given choice, (M, B, A + 1, C), or (M, B, A, C) if no patch was dropped."""
-        importance = scores.gather(-1, kept) / self.temperature if self.temperature > 0 else None
-        out = mix_tokens(self.aggregator.values(), gather_tokens(v, kept), importance)
-        if dropped.shape[-1] == 0:
-            return out
-        share = torch.zeros_like(scores).scatter(-1, dropped, scores.gather(-1, dropped).softmax(-1))
-        return torch.cat([out, share.unsqueeze(-2) @ v], dim=-2)
+    def mix(self, kept: Tensor, scores: Tensor) -> Tensor:
+        """Kept patches (M, B, K, C) and their scores (M, B, K) -> aggregated tokens (M, B, A, C)."""
+        importance = scores / self.temperature if self.temperature > 0 else None
+        return mix_tokens(self.aggregator.values(), kept, importance)
 
     def _similarity(self, v: Tensor, g: Tensor) -> Tensor:
         """Similarity of the patches of each modality m to the global of each modality o -> (M, B, M, N)."""

@@ -7,7 +7,7 @@ from reference import REFERENCE, reference_state, relative_error
 
 from modeling import foreign
 from modeling.pooling import POOLS, make_pool
-from modeling.sdtps import SDTPS, token_counts
+from modeling.sdtps import SDTPS, Choice, token_counts
 from utils.modalities import MODALITIES
 
 SIZES = {"toy": dict(num_patches=12, embed_dim=16), "full": dict(num_patches=128, embed_dim=512)}
@@ -182,11 +182,12 @@ def test_random_choice_keeps_any_patches_alike_and_changes_nothing_else():
     plain, selection = make(size), drawn[0]
     expected = plain(tokens, globals_)
     v, scores = (torch.stack([x[m] for m in MODALITIES]) for x in (tokens, expected.scores))
-    choice = torch.stack([selection.kept[m] for m in MODALITIES])
+    kept = torch.stack([selection.kept[m] for m in MODALITIES])
     left = (~torch.stack([selection.mask[m] for m in MODALITIES])).nonzero()[:, 2].view(3, 3, 6)
-    for i, m in enumerate(MODALITIES):
+    made = plain.aggregate(v, Choice(scores, scores, kept, left))
+    for m in MODALITIES:
         assert torch.equal(selection.scores[m], expected.scores[m])
-        torch.testing.assert_close(selection.tokens[m], plain.aggregate(v, scores, choice, left)[i])
+        torch.testing.assert_close(selection.tokens[m], made.tokens[m])
 
 
 def test_random_choice_is_fixed_in_evaluation():
@@ -281,7 +282,8 @@ def test_4_a_common_shift_of_the_scores_changes_nothing(size):
     tokens, _ = inputs(size, dtype=torch.float64)
     v = torch.stack([tokens[m] for m in MODALITIES])
     scores = torch.rand(v.shape[:3], dtype=torch.float64, requires_grad=True)
-    out = sdtps.aggregate(v, scores, *sdtps.choose(scores))
+    selection = sdtps.aggregate(v, Choice(scores, scores, *sdtps.choose(scores)))
+    out = torch.stack([selection.tokens[m] for m in MODALITIES])
     (gradient,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), scores)
     assert (gradient.sum(-1).abs() <= 1e-6 * gradient.norm(dim=-1)).all()
     assert gradient.norm(dim=-1).min() > 0

@@ -34,6 +34,25 @@ def test_flops_of_a_vit_by_hand(tiny_cfg):
     assert set(flops) == {"backbone", "fusion", "sdtps", "pooling and heads"} and min(flops.values()) > 0
 
 
+def test_patches_that_leave_the_backbone_cost_no_more(tiny_cfg):
+    with shapes_only(tiny_cfg()) as (model, _):
+        whole = count_flops(tiny_cfg(), model)
+    cfg = tiny_cfg("MODEL.SDTPS_AFTER_BLOCK", "1")
+    with shapes_only(cfg) as (model, _):
+        flops, tokens = count_flops(cfg, model), count_tokens(model)
+    assert tokens == {
+        "in the backbone": 9,
+        "behind its block 1": 6,
+        "patches": 8,
+        "kept by SDTPS": 4,
+        "out of SDTPS": 2,
+    }
+    width = 192
+    block = {length: 24 * length * width**2 + 4 * length**2 * width for length in (9, 6)}
+    fusing = 2 * 8 * width
+    assert whole["backbone"] - flops["backbone"] == 3 * (block[9] - block[6] - fusing)
+
+
 def test_tokens_at_each_stage():
     with shapes_only(load_cfg("configs/RGBNT201/DeMo_SDTPS_dinov3.yml", ["MODEL.DEPTH", "1"])) as (model, _):
         assert list(count_tokens(model).values()) == [133, 128, 64, 26]

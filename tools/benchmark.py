@@ -234,6 +234,8 @@ FUSION = ("MODEL.HDM", "True", "MODEL.ATM", "True", "MODEL.GLOBAL_LOCAL", "True"
 ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
     "step": (time_steps, ()),
     "step, no SDTPS": (time_steps, ("MODEL.USE_SDTPS", "False")),
+    "step, SDTPS_AFTER_BLOCK 6": (time_steps, ("MODEL.SDTPS_AFTER_BLOCK", "6")),
+    "step, SDTPS_POOL cross": (time_steps, ("MODEL.SDTPS_POOL", "cross")),
     "step, SDTPS_SCORE_GRAD none": (time_steps, ("MODEL.SDTPS_SCORE_GRAD", "none")),
     "step, GRAD_CHECKPOINT": (time_steps, ("SOLVER.GRAD_CHECKPOINT", "True")),
     "step, HDM and ATMoE": (time_steps, FUSION),

@@ -156,11 +156,15 @@ def count_parameters(model: ReIDModel) -> dict[str, int]:
 def count_tokens(model: ReIDModel) -> dict[str, int]:
     """Stage -> tokens of one modality."""
     backbone, sdtps = model.backbone, model.sdtps
-    tokens = {"in the backbone": backbone.num_patches + backbone.vit.num_prefix_tokens, "patches": backbone.num_patches}
-    if sdtps is not None:
-        extra = sdtps.num_kept < sdtps.num_patches  # the dropped ones, fused
-        tokens |= {"kept by SDTPS": sdtps.num_kept, "out of SDTPS": sdtps.num_aggregated + extra}
-    return tokens
+    prefix = backbone.vit.num_prefix_tokens
+    tokens = {"in the backbone": prefix + backbone.num_patches}
+    if sdtps is None:
+        return tokens | {"patches": backbone.num_patches}
+    extra = sdtps.num_kept < sdtps.num_patches  # the dropped ones, fused
+    if backbone.split_after:
+        tokens[f"behind its block {backbone.split_after}"] = prefix + extra + sdtps.num_kept
+    tokens["patches"] = backbone.num_patches
+    return tokens | {"kept by SDTPS": sdtps.num_kept, "out of SDTPS": sdtps.num_aggregated + extra}
 
 
 def count_flops(cfg: CfgNode, model: ReIDModel) -> dict[str, int]:
@@ -168,14 +172,17 @@ def count_flops(cfg: CfgNode, model: ReIDModel) -> dict[str, int]:
     model.eval()
     images = _images(cfg, 1)
     encoded = model.encode(images)
-    m = dict(zip(MODALITIES, zip(encoded.patches, encoded.class_tokens, strict=True), strict=True))
-    parts = {"backbone": _flops(lambda: model.encode(images))}
+    finished, choice = model.finish_backbone(encoded)
+    first, second = _flops(lambda: model.encode(images)), _flops(lambda: model.finish_backbone(encoded))
+    parts = {"backbone": first + second}
     if (fusion := model.fusion) is not None:
-        patches, globals_ = ({name: pair[i] for name, pair in m.items()} for i in (0, 1))
+        patches, globals_ = (dict(zip(MODALITIES, x, strict=True)) for x in (finished.patches, finished.class_tokens))
         parts["fusion"] = _flops(lambda: fusion(patches, globals_))
     if (sdtps := model.sdtps) is not None:
         parts["sdtps"] = _flops(lambda: sdtps.select(encoded.patches, encoded.class_tokens))
-    rest = _flops(lambda: model.decode(encoded)) - sum(v for k, v in parts.items() if k != "backbone")
+        if choice is not None:  # inside the backbone, but no part of it
+            parts["backbone"] -= _flops(lambda: sdtps.decide(encoded.patches, encoded.class_tokens))
+    rest = first + _flops(lambda: model.decode(encoded)) - sum(parts.values())
     return parts | {"pooling and heads": rest}
 
 
