@@ -2,6 +2,11 @@
 
 import sys
 
+from utils.cli import parse_args, tell_interrupts
+
+if __name__ == "__main__":
+    tell_interrupts()  # before what is slow to load
+
 from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_train
@@ -11,7 +16,6 @@ from engine.launch import join_ranks, launch
 from engine.output import check_output_dir
 from modeling import make_model
 from solver import create_scheduler, make_loss, make_optimizer
-from utils.cli import parse_args
 from utils.logging import setup_logging
 from utils.seed import seed_everything
 
