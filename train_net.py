@@ -7,7 +7,7 @@ from utils.cli import parse_args, tell_interrupts
 if __name__ == "__main__":
     tell_interrupts()  # before what is slow to load
 
-from configs import load_cfg, print_config
+from configs import load_cfg, print_config, warn
 from data import make_dataloader
 from engine import do_train
 from engine.checkpoint import read_start
@@ -31,6 +31,7 @@ EXAMPLES = """examples:
 def main(config_file: str, opts: list[str]) -> None:
     setup_logging()
     cfg = load_cfg(config_file, opts)
+    warn(cfg)
     device = select_device(cfg.MODEL.DEVICE)
     join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     start = read_start(cfg.TEST.WEIGHT)

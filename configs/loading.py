@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from configs import obsolete
 from configs.defaults import FLAT_KEYS, KEYS, get_cfg
-from configs.validate import contradictions, count, flatten, warnings
+from configs.validate import contradictions, count, flatten
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,6 @@ def load_cfg(config_file: str | os.PathLike[str] | None, opts: Sequence[Any] = (
 
     if unused:
         logger.warning("These keys do nothing here and can be removed: %s", ", ".join(unused.values()))
-    for text in warnings(cfg):
-        logger.warning(text)
     cfg.freeze()
     return cfg
 

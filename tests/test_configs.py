@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import describe, diff, dump, get_cfg, load_cfg, print_config, validate
+from configs import describe, diff, dump, get_cfg, load_cfg, print_config, validate, warn
 from configs.defaults import FLAT_KEYS
 from configs.key import Key
 from configs.validate import flatten
@@ -294,6 +294,7 @@ TEST: {DIST_MAT: dist.npy, EVAL: True}
 
 def test_old_keys_are_accepted_with_one_line(write, caplog):
     cfg = load_cfg(write(OLD), ["SOLVER.CENTER_LR", "0.5"])
+    warn(cfg)
     assert cfg == get_cfg()
     (record,) = caplog.records
     text = record.getMessage()
