@@ -264,6 +264,15 @@ def test_two_bases_may_share_a_base(write):
     assert load_cfg(write("_BASE_: [a.yml, b.yml]")).SOLVER.SEED == 5
 
 
+@pytest.mark.parametrize("name", ["sample_tiny.yml", "sdtps_scratch.yml"])  # alone, and over the fields of others
+def test_a_study_is_told_how_to_run(name, write):
+    path = Path(__file__).parent.parent / "configs" / "studies" / name
+    told = f"{path}: a study, not a config. Run it with: python -m tools.ablate {path}"
+    assert faults(path) == [told]
+    config = write(f"_BASE_: {path}")
+    assert faults(config) == [f"{config} _BASE_: {told}"]
+
+
 # Keys of older code
 
 
