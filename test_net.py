@@ -3,6 +3,11 @@
 import logging
 import sys
 
+from utils.cli import parse_args, tell_interrupts
+
+if __name__ == "__main__":
+    tell_interrupts()  # before what is slow to load
+
 from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_inference
@@ -11,7 +16,6 @@ from engine.device import select_device
 from engine.launch import join_ranks, launch
 from modeling.trained import load_trained
 from utils.checkpoint import read_file
-from utils.cli import parse_args
 from utils.errors import UserError
 from utils.logging import setup_logging
 from utils.seed import seed_everything

@@ -2,7 +2,12 @@
 
 import sys
 
-from configs import load_cfg, print_config
+from utils.cli import parse_args, tell_interrupts
+
+if __name__ == "__main__":
+    tell_interrupts()  # before what is slow to load
+
+from configs import load_cfg, print_config, warn
 from data import make_dataloader
 from engine import do_train
 from engine.checkpoint import read_start
@@ -11,7 +16,6 @@ from engine.launch import join_ranks, launch
 from engine.output import check_output_dir
 from modeling import make_model
 from solver import create_scheduler, make_loss, make_optimizer
-from utils.cli import parse_args
 from utils.logging import setup_logging
 from utils.seed import seed_everything
 
@@ -27,6 +31,7 @@ EXAMPLES = """examples:
 def main(config_file: str, opts: list[str]) -> None:
     setup_logging()
     cfg = load_cfg(config_file, opts)
+    warn(cfg)
     device = select_device(cfg.MODEL.DEVICE)
     join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     start = read_start(cfg.TEST.WEIGHT)

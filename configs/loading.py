@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from configs import obsolete
 from configs.defaults import FLAT_KEYS, KEYS, get_cfg
-from configs.validate import contradictions, count, flatten, warnings
+from configs.validate import contradictions, count, flatten
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ _BASE = "_BASE_"
 _COMMAND_LINE = "command line"
 _MAP_TAG = "tag:yaml.org,2002:map"
 _UNREADABLE = object()
+_STUDY_FIELDS = {"config", "out", "seeds", "variants"}
+"""By some of these a study of tools.ablate is told from a config."""
 _MAX_BYTES = 2**20
 _MAX_VALUES = 10_000
 """Of one file, with its aliases written out: far more than a config needs, and little enough to be read at once."""
@@ -88,8 +90,6 @@ def load_cfg(config_file: str | os.PathLike[str] | None, opts: Sequence[Any] = (
 
     if unused:
         logger.warning("These keys do nothing here and can be removed: %s", ", ".join(unused.values()))
-    for text in warnings(cfg):
-        logger.warning(text)
     cfg.freeze()
     return cfg
 
@@ -226,6 +226,10 @@ def _read_yaml(path: Path, report: _Report, chain: tuple[Path, ...]) -> None:
         return
     if not isinstance(root, yaml.MappingNode):
         report.faults.append(f"{path}: expected sections such as 'MODEL:' at the top level")
+        return
+    names = {key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)}
+    if names & _STUDY_FIELDS and not names & KEYS.keys():
+        report.faults.append(f"{by}{path}: a study, not a config. Run it with: python -m tools.ablate {path}")
         return
     settings = list(_walk(loader, root, str(path), "", report))
     for setting in settings:

@@ -1,5 +1,6 @@
 """Checks that look at more than one key, and values that deserve a warning."""
 
+import logging
 import re
 from collections.abc import Collection, Iterator
 
@@ -7,6 +8,8 @@ from yacs.config import CfgNode
 
 from configs.defaults import FLAT_KEYS
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIN_IDENTITIES = 8
 """Identities in a micro-batch below which batch-hard triplets and BNNeck statistics starve."""
@@ -68,8 +71,13 @@ def contradictions(cfg: CfgNode, faulty: Collection[str] = ()) -> Iterator[tuple
                 yield names, text
 
 
-def warnings(cfg: CfgNode) -> Iterator[str]:
-    """What can be run, but seldom is what was meant."""
+def warn(cfg: CfgNode) -> None:
+    """Logs what can be trained, but seldom is what was meant."""
+    for text in _doubts(cfg):
+        logger.warning(text)
+
+
+def _doubts(cfg: CfgNode) -> Iterator[str]:
     identities = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.ACCUMULATION * cfg.DATALOADER.NUM_INSTANCE)
     if identities < MIN_IDENTITIES:
         yield (

@@ -11,6 +11,14 @@ def listing(names: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
     return separator.join([*names[:limit], *more])
 
 
+class DataError(UserError):
+    """What `Faults` gathered, of so many kinds."""
+
+    def __init__(self, message: str, kinds: int):
+        super().__init__(message)
+        self.kinds = kinds
+
+
 class Faults:
     """A list of names for each kind of fault; a kind is what is wrong and what to do about it."""
 
@@ -21,10 +29,10 @@ class Faults:
         self._names.setdefault((what, remedy), []).append(str(name))
 
     def raise_if_any(self, headline: str) -> None:
-        """Raises a UserError with one paragraph a kind, unless nothing was added."""
+        """Raises a DataError with one paragraph a kind, unless nothing was added."""
         if self._names:
             kinds = [
                 f"  {what} ({len(names)}): {listing(names)}\n    {remedy}"
                 for (what, remedy), names in self._names.items()
             ]
-            raise UserError("\n".join([headline, *kinds]))
+            raise DataError("\n".join([headline, *kinds]), len(kinds))

@@ -41,6 +41,7 @@ def load_manifest(path: Path, root: Path, train: bool = True) -> DatasetSplits:
     faults = Faults()
     lists: dict[str, list[Sample]] = {"train": [], "query": [], "gallery": []}
     first: dict[tuple[str, Sample], int] = {}
+    named: set[str] = set()
     for line, cells in _rows(path, faults):
         sample = _sample(cells, line, (path.parent, root), faults)
         places = SPLITS.get(cells["split"].strip().lower(), ())
@@ -48,6 +49,7 @@ def load_manifest(path: Path, root: Path, train: bool = True) -> DatasetSplits:
             faults.add(
                 f"no such split, expected {', '.join(SPLITS)}", "Correct the column split.", _at(line, cells["split"])
             )
+        named.update(places)
         if sample is None:
             continue
         for place in places:
@@ -57,7 +59,7 @@ def load_manifest(path: Path, root: Path, train: bool = True) -> DatasetSplits:
             lists[place].append(sample)
     needed = [name for name in lists if train or name != "train"]
     for name in needed:
-        if not lists[name]:
+        if name not in named:
             faults.add("splits without a row", "Query and gallery are needed, to train also train.", name)
     scenes = {sample.sceneid == NO_SCENE for name in ("query", "gallery") for sample in lists[name]}
     if len(scenes) > 1:

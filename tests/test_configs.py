@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs import describe, diff, dump, get_cfg, load_cfg, print_config, validate
+from configs import describe, diff, dump, get_cfg, load_cfg, print_config, validate, warn
 from configs.defaults import FLAT_KEYS
 from configs.key import Key
 from configs.validate import flatten
@@ -264,6 +264,15 @@ def test_two_bases_may_share_a_base(write):
     assert load_cfg(write("_BASE_: [a.yml, b.yml]")).SOLVER.SEED == 5
 
 
+@pytest.mark.parametrize("name", ["sample_tiny.yml", "sdtps_scratch.yml"])  # alone, and over the fields of others
+def test_a_study_is_told_how_to_run(name, write):
+    path = Path(__file__).parent.parent / "configs" / "studies" / name
+    told = f"{path}: a study, not a config. Run it with: python -m tools.ablate {path}"
+    assert faults(path) == [told]
+    config = write(f"_BASE_: {path}")
+    assert faults(config) == [f"{config} _BASE_: {told}"]
+
+
 # Keys of older code
 
 
@@ -294,6 +303,7 @@ TEST: {DIST_MAT: dist.npy, EVAL: True}
 
 def test_old_keys_are_accepted_with_one_line(write, caplog):
     cfg = load_cfg(write(OLD), ["SOLVER.CENTER_LR", "0.5"])
+    warn(cfg)
     assert cfg == get_cfg()
     (record,) = caplog.records
     text = record.getMessage()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import load_cfg
+from configs import load_cfg, warn
 from configs.defaults import FLAT_KEYS, KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +15,7 @@ SHIPPED = sorted({*(ROOT / "configs").glob("*/*.yml")} - {*(ROOT / "configs").gl
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs_load_without_a_word(path, caplog):
     cfg = load_cfg(path)
+    warn(cfg)
     assert not caplog.records
     if path.stem != "base":
         assert str(cfg.OUTPUT_DIR) == f"runs/{path.parent.name}/{path.stem}"

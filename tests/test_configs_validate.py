@@ -4,7 +4,9 @@ import logging
 
 import pytest
 
-from configs import get_cfg, load_cfg, validate
+import test_net
+import train_net
+from configs import get_cfg, load_cfg, validate, warn
 from configs.validate import patch_size
 from utils.errors import UserError
 
@@ -68,7 +70,7 @@ def test_contradiction_names_its_keys_and_the_way_out(opts, names, remedy):
     ],
 )
 def test_what_fits_passes_without_a_word(opts, caplog):
-    load_cfg(None, opts)
+    warn(load_cfg(None, opts))
     assert not caplog.records
 
 
@@ -84,10 +86,17 @@ def test_what_fits_passes_without_a_word(opts, caplog):
     ],
 )
 def test_doubtful_values_are_warned_about_once(opts, text, caplog):
-    load_cfg(None, opts)
+    warn(load_cfg(None, opts))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert text in record.getMessage()
+
+
+@pytest.mark.parametrize(("script", "times"), [(train_net, 1), (test_net, 0)])
+def test_training_alone_warns(script, times, tiny_yaml, caplog):
+    with pytest.raises(UserError, match="none.pth"):
+        script.main(str(tiny_yaml), ["TEST.WEIGHT", "none.pth"])
+    assert caplog.text.count("4 identities in a micro-batch") == times
 
 
 @pytest.mark.parametrize(

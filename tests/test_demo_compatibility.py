@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import REFERENCE, reference_weight
 
-from configs import diff, load_cfg
+from configs import diff, load_cfg, warn
 from modeling import foreign, make_model
 from solver import create_scheduler, make_optimizer
 from utils.checkpoint import load_weights
@@ -36,6 +36,7 @@ def test_every_data_set_has_its_configs():
 @pytest.mark.parametrize("config", SHIPPED)
 def test_a_shipped_config_loads_without_a_warning_and_builds(config, caplog):
     cfg = load_cfg(CONFIGS / config)
+    warn(cfg)
     assert not caplog.records
     if not config.endswith("base.yml"):
         assert Path(cfg.OUTPUT_DIR) == Path("runs", config).with_suffix("")  # where `make train` looks for it
@@ -146,7 +147,7 @@ def test_a_yaml_of_demo_gives_what_the_shipped_one_gives(dataset, tmp_path, capl
     path = tmp_path / "theirs.yml"
     path.write_text(DEMO_YAML.format(dataset=dataset, **dict(zip(NAMES, SETTINGS[dataset], strict=True))))
     theirs = load_cfg(path)
-
+    warn(theirs)
     (record,) = caplog.records
     notice = record.getMessage()
     assert "\n" not in notice and all(name in notice for name in OBSOLETE)

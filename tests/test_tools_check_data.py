@@ -68,6 +68,19 @@ def test_a_manifest_with_identities_that_are_not_in_the_gallery(copy):
     assert "1 queries have no match from another camera" in notes
 
 
+def test_every_kind_of_fault_of_a_manifest_counts(copy, tiny_yaml, capsys):
+    image = next((copy / "test" / "RGB").iterdir()).relative_to(copy)
+    rows = ["split,pid,camid,sceneid,RGB,NI,TI", f"train,x,0,,{image},,", f"train,y,0,,{image},,", "query,1,0,,none,,"]
+    (copy / "list.csv").write_text("\n".join([*rows, f"gallery,1,1,,{image},,", f"test,2,-1,,{image},,"]))
+    opts = ["DATASETS.NAMES", "manifest", "DATASETS.MANIFEST", str(copy / "list.csv")]
+    for arguments in ((copy / "list.csv", None, []), (None, tiny_yaml, opts)):
+        assert run(lambda arguments=arguments: main(*arguments)) == 2
+        captured = capsys.readouterr()
+        for kind in ("pid: not whole numbers from 0 (2)", "images that are not there (1)", "camid: not whole numbers"):
+            assert kind in captured.out
+        assert captured.err.startswith("error: 3 things wrong.")
+
+
 def test_what_is_no_data_set(tmp_path):
     for path, what in ((tmp_path / "none", "no such folder"), (tmp_path, "no layout that is known")):
         findings = check_folder(path)

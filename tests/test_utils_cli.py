@@ -1,11 +1,17 @@
 """How errors of the scripts reach a person."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from utils.cli import parse_args, run
 from utils.errors import Interrupted, UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 def raising(error):
@@ -37,6 +43,17 @@ def test_debug_shows_the_traceback_and_the_log_keeps_it(caplog):
     with caplog.at_level(logging.WARNING):
         run(raising(ZeroDivisionError("y")))
     assert "ZeroDivisionError: y" in caplog.text and "raise error" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "script", [["train_net.py"], ["test_net.py"], ["-m", "tools.export"], ["-m", "tools.ablate"]], ids=" ".join
+)
+def test_an_interruption_while_libraries_load(script, tmp_path):
+    """A torch that is interrupted as it is imported."""
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, *script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
 def test_success_is_zero():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -131,25 +132,46 @@ def test_a_resumed_run_appends_after_half_a_line(tmp_path):
     assert len(texts) == 2 and json.loads(texts[1]) == {"kind": "train", "step": 2, "epoch": 1, "loss": 1.0}
 
 
+@contextmanager
+def files_of_at_most(size):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_lines_that_found_no_room_come_later_and_whole(tmp_path, caplog):
     """A disk with room for half a line: nothing of it stays, and all lines are there once there is room again."""
     writer = MetricsWriter(tmp_path)
     writer.scalars(1, 1, {"loss": 1.0})
     path = tmp_path / "metrics.jsonl"
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limit[1]))
-    try:
+    with files_of_at_most(path.stat().st_size + 20):
         for step in (2, 3):
             writer.scalars(step, 1, {"loss": 1.0})
         assert [line["step"] for line in lines(path)] == [1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
     assert caplog.text.count("metrics.jsonl cannot be written") == 1
     writer.scalars(4, 1, {"loss": 1.0})
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4]
     writer.close()
+
+
+def test_the_thread_of_tensorboard_fails_without_a_traceback(tmp_path, caplog, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: shown.append(failure.exc_type))
+    hook = threading.excepthook
+    writer = MetricsWriter(tmp_path)
+    with files_of_at_most(0):
+        writer.scalars(1, 1, {"loss": 1.0})
+        other = threading.Thread(target=lambda: 1 / 0)
+        other.start()
+        other.join()
+        writer.close()  # waits for the thread
+    assert caplog.text.count("TensorBoard cannot be written (OSError: [Errno 27] File too large)") == 1
+    assert shown == [ZeroDivisionError] and threading.excepthook is hook
 
 
 def test_what_cannot_be_written_is_told_once_and_survived(tmp_path, caplog):

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from configs import load_cfg
 from data.datasets import LAYOUTS, DatasetSplits, Sample, count, load_dataset
-from data.faults import listing
+from data.faults import DataError, listing
 from data.folders import recognise
 from data.images import check_images
 from data.make_dataloader import count_workers, load_splits
@@ -62,7 +62,7 @@ Where there is no network, fetch elsewhere and copy the folder ~/.cache/huggingf
 
 @dataclass
 class Findings:
-    """What was found, as lines for people; `wrong` counts the faults."""
+    """What was found, as lines for people; `wrong` counts the kinds of faults."""
 
     lines: list[str] = field(default_factory=list)
     wrong: int = 0
@@ -73,9 +73,9 @@ class Findings:
     def note(self, text: str) -> None:
         self.lines.append(f"note   {text}")
 
-    def fault(self, text: str) -> None:
-        self.wrong += 1
-        self.lines.append("WRONG  " + text.replace("\n", "\n       "))
+    def fault(self, what: str | UserError) -> None:
+        self.wrong += what.kinds if isinstance(what, DataError) else 1
+        self.lines.append("WRONG  " + str(what).replace("\n", "\n       "))
 
     def expect(self, names: Sequence[str], good: str, bad: str) -> None:
         """Right if there are no names, else a fault that lists some."""
@@ -102,7 +102,7 @@ def check_folder(path: Path) -> Findings:
             )
             return findings
     except UserError as error:
-        findings.fault(str(error))
+        findings.fault(error)
         return findings
     findings.right(f"layout of {splits.name}: folders, file names, a partner in every modality")
     return check_splits(splits, findings)
@@ -149,7 +149,7 @@ def _check_files(samples: Sequence[Sample], findings: Findings) -> None:
     try:
         check_images(samples, workers=count_workers(-1) + 1)
     except UserError as error:
-        findings.fault(str(error))
+        findings.fault(error)
         return
     findings.right(f"{len({s.path for sample in samples for s in sample.sources})} image files decode")
     sizes: dict[tuple[int, int], int] = {}
@@ -182,7 +182,7 @@ def check_config(cfg: CfgNode) -> Findings:
     try:
         splits = load_splits(cfg)
     except UserError as error:
-        findings.fault(str(error))
+        findings.fault(error)
     else:
         findings.right(f"{splits.name} is in {cfg.DATASETS.ROOT_DIR}: folders, file names, a partner in every modality")
         check_splits(splits, findings)

@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from types import TracebackType
 
 from utils.errors import Interrupted, UserError
 
@@ -31,6 +32,18 @@ def parse_args(description: str, examples: str = "") -> argparse.Namespace:
 def tell(text: str) -> None:
     """Shows a message to the person who called the script."""
     print(text, file=sys.stderr)
+
+
+def tell_interrupts() -> None:
+    """Ctrl-C outside of `run`, as while libraries are still being loaded, ends the script with one line, too."""
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        tell("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    sys.__excepthook__(kind, error, traceback)
 
 
 def run(main: Callable[[], object], debug: bool = False, tell: Callable[[str], None] = tell) -> int:

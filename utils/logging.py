@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +117,7 @@ class MetricsWriter:
         self._unwritten = b""
         self._writes = is_main()
         self._pictures = ThreadPoolExecutor(1, "pictures")
+        self._excepthook = threading.excepthook
         self.attempt(str(self.path), self._open_lines)
         self.attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
 
@@ -143,6 +145,7 @@ class MetricsWriter:
             self.attempt(str(self.path), self._append, "")
         self._on_board("close")
         self.board = None
+        threading.excepthook = self._excepthook
 
     def _open_lines(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,13 @@ class MetricsWriter:
     def _open_board(self, folder: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
+        threading.excepthook = self._thread_failed
         self.board = SummaryWriter(folder, purge_step=resume_step, flush_secs=30)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread keeps its error for the next call, which tells it; other threads show theirs."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._excepthook(failure)
 
     def _on_board(self, method: str, *args: Any) -> None:
         board = self.board  # the other thread may give it up

@@ -165,7 +165,7 @@ class Study:
 
 
 def resolve(config: str | Path, opts: Sequence[str] = ()) -> CfgNode:
-    """`load_cfg` without its warnings, which each run gives by itself."""
+    """`load_cfg` without its notice of keys that do nothing, which each run gives by itself."""
     logger = logging.getLogger("configs.loading")
     logger.disabled = True
     try:
