@@ -114,6 +114,11 @@ KEYS: dict[str, dict[str, Key]] = {
             "one token, and the other blocks work on the kept ones alone; 0 selects behind the last block",
             within=_NOT_NEGATIVE,
         ),
+        "SDTPS_AUX_HEAD": Key(
+            False,
+            "in training, a second head on the selected tokens pooled by attention: it gives the scores a task where "
+            "SDTPS_POOL cross can look past them",
+        ),
         "SDTPS_USE_GUMBEL": Key(False, "in training, choose the patches by Gumbel top-k sampling"),
         "SDTPS_GUMBEL_TAU": Key(1.0, "temperature of that sampling: above 1 more random", within=_POSITIVE),
         "SDTPS_LOSS_WEIGHT": Key(1.0, "weight of the losses of branch sdtps", within=_NOT_NEGATIVE),

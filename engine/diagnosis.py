@@ -257,7 +257,7 @@ class Diagnosis:
             )
         stuck, losses, levels = [], 0.0, 0.0
         for head in [name.removeprefix("id/") for name in s if name.startswith("id/")]:
-            wait = self.patience + 1 + (2 * m.SDTPS_WARMUP_EPOCHS if head == "sdtps" else 0)
+            wait = self.patience + 1 + (2 * m.SDTPS_WARMUP_EPOCHS if head.startswith("sdtps") else 0)
             loss, level, share = self._loss_of_head(head, s)
             knows_nothing = share >= UNINFORMED_ID or s.get("acc", math.nan) < LEARNED_ACCURACY
             if self.epoch > wait and level > 0 and loss >= UNINFORMED_SHARE * level and knows_nothing:

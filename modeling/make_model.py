@@ -28,7 +28,8 @@ class ReIDOutput:
     """(B, D) of each branch: `ori`, `moe`, `sdtps`, those that the model has; `both` joins them in this order. With a
     head per modality also `RGB`, `NI`, `TI`."""
     logits: dict[str, Tensor] = field(default_factory=dict)
-    """(B, ids) of each head: the branches, with `RGB`, `NI`, `TI` in the place of `ori` if each modality has a head."""
+    """(B, ids) of each head: the branches, with `RGB`, `NI`, `TI` in the place of `ori` if each modality has a head;
+    in training also `sdtps_aux` where there is one."""
     selection: Selection | None = None
     """What SDTPS chose."""
 
@@ -59,6 +60,7 @@ class ReIDModel(nn.Module):
         sdtps_global: "class" scores patches against the class token, "reduced" against the reduced global.
         sdtps_after_block: the block of the backbone behind which the dropped patches leave it, joined to one token that
             stays; 0 selects behind the last.
+        sdtps_aux_head: in training, a second head `sdtps_aux` on SDTPS's tokens, pooled by attention alone.
         sdtps_only: no other branch than `sdtps`.
         neck_feat: features in evaluation are taken "before" or "after" the BNNeck.
         branch_norm: in evaluation, bring each branch to unit length before `both` joins them.
@@ -77,6 +79,7 @@ class ReIDModel(nn.Module):
         sdtps_pool: str = "attention",
         sdtps_global: str = "class",
         sdtps_after_block: int = 0,
+        sdtps_aux_head: bool = False,
         sdtps_only: bool = False,
         neck_feat: str = "before",
         branch_norm: bool = False,
@@ -88,7 +91,8 @@ class ReIDModel(nn.Module):
         if frozen and backbone.cam_embed is not None:
             nn.init.zeros_(backbone.cam_embed)
         self.fusion, self.sdtps = fusion, sdtps
-        self.sdtps_global, self.neck_feat, self.branch_norm = sdtps_global, neck_feat, branch_norm
+        self.sdtps_only, self.sdtps_global = sdtps_only, sdtps_global
+        self.neck_feat, self.branch_norm = neck_feat, branch_norm
         needs_reduced = not sdtps_only or sdtps_global == "reduced"
         self.reduce = nn.ModuleDict({m: Reduce(width) for m in MODALITIES}) if global_local and needs_reduced else None
 
@@ -105,6 +109,9 @@ class ReIDModel(nn.Module):
         self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
         if sdtps is not None:
             self.pool = make_pool(sdtps_pool, width)
+            self.aux_pool = make_pool("attention", width) if sdtps_aux_head else None
+            if sdtps_aux_head:
+                self.heads["sdtps_aux"] = BNNeck(len(MODALITIES) * width, num_classes)
             if sdtps_after_block:
                 backbone.split(sdtps_after_block, sdtps.num_kept + (sdtps.num_kept < sdtps.num_patches))
         self.train()
@@ -119,7 +126,7 @@ class ReIDModel(nn.Module):
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches of this model, in the order in which `both` joins them."""
-        ori = () if set(self.heads) == {"sdtps"} else ("ori",)
+        ori = () if self.sdtps_only else ("ori",)
         return ori + tuple(name for name in ("moe", "sdtps") if name in self.heads)
 
     def forward(
@@ -223,15 +230,21 @@ class ReIDModel(nn.Module):
                 fused, kept = patches.split([patches.shape[2] - self.sdtps.num_kept, self.sdtps.num_kept], dim=2)
                 selection = self.sdtps.finish(choice, kept, fused, encoded.present)
             tokens = torch.stack([selection.tokens[m] for m in MODALITIES])
-            pooled = self.pool(tokens, class_tokens, encoded.present)
-            if encoded.present is not None:
-                pooled = torch.where(encoded.present.T.unsqueeze(-1), pooled, 0.0)
-            features["sdtps"] = pooled.transpose(0, 1).flatten(1)
+            pools = {"sdtps": self.pool}
+            if self.aux_pool is not None and self.training:
+                pools["sdtps_aux"] = self.aux_pool
+            for name, pool in pools.items():
+                pooled = pool(tokens, class_tokens, encoded.present)
+                if encoded.present is not None:
+                    pooled = torch.where(encoded.present.T.unsqueeze(-1), pooled, 0.0)
+                features[name] = pooled.transpose(0, 1).flatten(1)
         if "RGB" in self.heads:
             features.update(by_modality)
 
         logits = {}
         for name, head in self.heads.items():
+            if name not in features:  # the auxiliary one, in evaluation
+                continue
             normalised, logits[name] = head(features[name])
             if not self.training and self.neck_feat == "after":
                 features[name] = normalised
@@ -294,6 +307,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
         sdtps_pool=m.SDTPS_POOL,
         sdtps_global=m.SDTPS_GLOBAL,
         sdtps_after_block=m.SDTPS_AFTER_BLOCK,
+        sdtps_aux_head=m.SDTPS_AUX_HEAD,
         sdtps_only=m.SDTPS_ONLY,
         neck_feat=cfg.TEST.NECK_FEAT,
         branch_norm=cfg.TEST.BRANCH_NORM,

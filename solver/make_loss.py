@@ -66,8 +66,8 @@ class ReIDLoss:
         id_weight, triplet_weight: weights of the two terms of every head.
         smoothing: label smoothing (Szegedy et al., 2016) of the identity term, spread over all classes.
         margin: of the triplet term; None for the soft margin.
-        sdtps_weight: weight of the SDTPS head once warmed up.
-        sdtps_warmup_epochs: epochs in which the SDTPS head has weight 0; over as many again it rises to its full one.
+        sdtps_weight: weight of the SDTPS head, and of its auxiliary one, once warmed up.
+        sdtps_warmup_epochs: epochs in which they have weight 0; over as many again it rises to the full one.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class ReIDLoss:
         return torch.stack(weighted).sum(), terms
 
     def branch_weight(self, head: str, epoch: int) -> float:
-        """The weight of a head in an epoch (the first is 1); only the SDTPS head's can differ from 1."""
-        if head != "sdtps":
+        """The weight of a head in an epoch (the first is 1); only those of the SDTPS heads can differ from 1."""
+        if head not in ("sdtps", "sdtps_aux"):
             return 1.0
         warmup = self.sdtps_warmup_epochs
         share = min(max((epoch - warmup) / warmup, 0.0), 1.0) if warmup else 1.0

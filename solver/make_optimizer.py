@@ -51,7 +51,7 @@ def group_of(parameter: str) -> str:
     part = "heads"
     if parameter.startswith("backbone.") and parameter != "backbone.cam_embed":
         part = "backbone"
-    elif parameter.startswith(("sdtps.", "pool.")):
+    elif parameter.startswith(("sdtps.", "pool.", "aux_pool.")):
         part = "sdtps"
     return part + (".bias" if parameter.endswith("bias") else "")
 

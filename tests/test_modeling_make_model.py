@@ -98,6 +98,7 @@ def test_without_cameras_the_mean_embedding_is_used(tiny_cfg):
         ("MODEL.SDTPS_SIMILARITY", "attention", "MODEL.SDTPS_POOL", "transformer"),
         ("MODEL.SDTPS_POOL", "reduce"),
         ("MODEL.SDTPS_POOL", "cross"),
+        ("MODEL.SDTPS_POOL", "cross", "MODEL.SDTPS_AUX_HEAD", "True"),
     ],
 )
 def test_every_parameter_receives_a_gradient(tiny_cfg, opts):
@@ -191,6 +192,26 @@ def test_loss_weight_scales_the_branch(tiny_cfg):
     branch = 0.25 * terms["id/sdtps"] + terms["triplet/sdtps"]
     torch.testing.assert_close(totals["1"] - totals["0"], branch)
     torch.testing.assert_close(totals["3"] - totals["0"], 3 * branch)
+
+
+def test_the_auxiliary_head_trains_the_scores_and_is_no_branch(tiny_cfg):
+    cfg = tiny_cfg("MODEL.SDTPS_POOL", "cross", "MODEL.SDTPS_AUX_HEAD", "True", "MODEL.SDTPS_LOSS_WEIGHT", "0.5")
+    plain, model = build(tiny_cfg("MODEL.SDTPS_POOL", "cross")), build(cfg)
+    assert model.branches == plain.branches == ("ori", "sdtps")
+    expected, found = (m.eval()(*batch()[:2]) for m in (plain, model))
+    assert {k: v.shape for k, v in expected.logits.items()} == {k: v.shape for k, v in found.logits.items()}
+    assert all(torch.equal(expected.features[k], found.features[k]) for k in ("ori", "sdtps", "both"))
+
+    total, terms = loss_of(cfg, model.train())
+    heads, weight = ("ori", "sdtps", "sdtps_aux"), cfg.MODEL.ID_LOSS_WEIGHT
+    parts = {head: weight * terms[f"id/{head}"] + terms[f"triplet/{head}"] for head in heads}
+    torch.testing.assert_close(total, parts["ori"] + 0.5 * (parts["sdtps"] + parts["sdtps_aux"]))
+    model(*batch()[:2]).logits["sdtps_aux"].square().sum().backward()
+    assert model.sdtps.predictor["TI"][0].weight.grad.norm() > 0
+
+    images, camid, _ = batch()
+    absent = torch.tensor([True, True, False]).expand(BATCH, -1)
+    assert (model(images, camid, absent).features["sdtps_aux"].chunk(3, dim=1)[2] == 0).all()
 
 
 def test_sdtps_only(tiny_cfg):

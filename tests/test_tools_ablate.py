@@ -418,7 +418,8 @@ def test_shipped_studies_are_distinct_and_complete(path, monkeypatch):
     runs = study.runs()
     assert len(runs) == len(study.variants) * len(study.seeds) and study.base == "none"
     assert str(study.out) == f"runs/studies/{path.stem}"
-    assert not study.configs()["none"].MODEL.USE_SDTPS and study.configs()["full"].MODEL.USE_SDTPS
+    without = [name for name, cfg in study.configs().items() if not cfg.MODEL.USE_SDTPS]
+    assert without in (["none"], ["none", "moe"])
 
 
 def test_a_study_builds_on_another(study_file, tmp_path):
