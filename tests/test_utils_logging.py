@@ -52,6 +52,24 @@ def test_the_file_is_appended_to(tmp_path):
     assert [line.rsplit(": ")[1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["first", "second"]
 
 
+def test_what_is_told_before_there_is_a_folder_stands_in_its_file(tmp_path, capsys):
+    setup_logging()
+    logging.getLogger("data").info("of another run")
+    setup_logging()
+    logging.getLogger("engine.compile").info("early")
+    logging.getLogger("timm.models").warning("a library's early warning")
+    setup_logging(tmp_path)
+    logging.getLogger("engine").info("late")
+    setup_logging(tmp_path)
+    told = [line.split(" ", 2)[2] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert told == [
+        "engine.compile INFO: early",
+        "timm.models WARNING: a library's early warning",
+        "engine INFO: late",
+    ]
+    assert capsys.readouterr().out.count("early") == 1
+
+
 def test_lines_do_not_cut_through_a_bar(capsys):
     setup_logging()
     with tqdm(total=3, mininterval=0) as bar:

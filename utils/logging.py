@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import logging.handlers
 import math
 import os
 import sys
@@ -27,6 +28,7 @@ OWN_LOGGERS = ("__main__", "configs", "data", "engine", "modeling", "solver", "t
 def setup_logging(output_dir: str | Path | None = None, level: int = logging.INFO) -> None:
     """Send this project's log to the console and, given a folder, to its train.log, which is appended to.
 
+    What is told after a call without a folder is kept, and stands in the train.log of the call with one that follows.
     Libraries are quiet: their warnings go to the file only, the console shows their errors. Of several ranks, the main
     one logs; the others show their warnings on the console. Calling this again replaces what an earlier call set up.
 
@@ -34,7 +36,10 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
         UserError: the folder cannot be written.
     """
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, (_ConsoleHandler, _LogFileHandler))]:
+    kept: list[logging.LogRecord] = []
+    for handler in [h for h in root.handlers if isinstance(h, (_ConsoleHandler, _KeepingHandler, _LogFileHandler))]:
+        if isinstance(handler, _KeepingHandler):
+            kept += handler.buffer
         root.removeHandler(handler)
         handler.close()
     logging.captureWarnings(True)
@@ -49,7 +54,9 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
     console.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s: %(message)s", datefmt="%H:%M:%S"))
     console.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] in OWN_LOGGERS)
     root.addHandler(console)
-    if output_dir is not None and is_main():
+    if output_dir is None:
+        root.addHandler(_KeepingHandler())
+    elif is_main():
         path = Path(output_dir) / "train.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +65,8 @@ def setup_logging(output_dir: str | Path | None = None, level: int = logging.INF
             raise UserError(f"{path}: cannot be written: {error}. Choose another OUTPUT_DIR.") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
         root.addHandler(file)
+        for record in kept:
+            file.handle(record)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -69,6 +78,17 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
         except Exception:
             self.handleError(record)
+
+
+class _KeepingHandler(logging.handlers.BufferingHandler):
+    """Keeps the first records, as many as a run may make before it has a folder."""
+
+    def __init__(self) -> None:
+        super().__init__(capacity=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.buffer) < self.capacity:
+            self.buffer.append(record)
 
 
 class _LogFileHandler(logging.FileHandler):
