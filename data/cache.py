@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.distributed import local_world_size
@@ -23,6 +24,7 @@ from utils.modalities import MODALITIES
 from .datasets import Sample
 from .images import check_images, read_triple
 from .transforms import to_pixels
+from .workers import tell_worker_errors, worker_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,8 @@ FORMAT = 1
 """Of the cache files; a file of another format is made anew."""
 HEADER = 4096
 """Bytes before the pixels: the key, padded with spaces, so that the pixels begin on a page."""
-CHUNK = 256
-"""Triples that are decoded ahead of the one that is being stored."""
+BATCH = 16
+"""Triples that a process decodes before it hands them over."""
 MEMORY_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -107,7 +109,7 @@ def load_pixels(sources: Sequence[PixelSource], workers: int, *, folder: Path | 
     """The pixels of each source, (N, M, 3, H, W) uint8.
 
     Args:
-        workers: threads that decode.
+        workers: processes that decode; 0 decodes in this one.
         folder: of the cache files; None keeps everything in memory.
         root: image files are remembered relative to it, so that a data set may move together with its cache.
 
@@ -162,22 +164,34 @@ def on_disk(source: PixelSource, folder: Path, root: Path, workers: int) -> np.n
     return pixels
 
 
+class _Decoding(Dataset):
+    """The triples of a source, decoded: (M, 3, H, W) uint8."""
+
+    def __init__(self, source: PixelSource):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.samples)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_pixels(read_triple(self.source.samples[index]), self.source.size, self.source.resample)
+
+
 def decoded(source: PixelSource, workers: int) -> Iterator[np.ndarray]:
-    """The triples in order, (M, 3, H, W) uint8 each, decoded by threads; shows its progress after two seconds.
+    """The triples in order, (M, 3, H, W) uint8 each, decoded by processes; shows its progress after two seconds.
+
+    Threads would wait for Python's lock, which small images need for much of the time.
 
     Raises:
         UserError: a file cannot be decoded; the message names it.
     """
-
-    def decode(sample: Sample) -> np.ndarray:
-        return to_pixels(read_triple(sample), source.size, source.resample).numpy()
-
+    batch_bytes = BATCH * int(np.prod(source.shape[1:]))
+    loader = DataLoader(_Decoding(source), BATCH, **worker_options(workers, batch_bytes))
     bar = tqdm(total=len(source.samples), desc=f"decoding {source.name}", delay=2, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in range(0, len(source.samples), CHUNK):
-            for triple in pool.map(decode, source.samples[start : start + CHUNK]):
-                yield triple
-                bar.update()
+    with bar, tell_worker_errors():
+        for batch in loader:
+            yield from batch.numpy()
+            bar.update(len(batch))
 
 
 def free_memory() -> int | None:

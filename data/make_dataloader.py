@@ -2,19 +2,16 @@
 
 import logging
 import math
-import os
-import shutil
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 from yacs.config import CfgNode
 
-from utils.distributed import from_main, local_rank, local_world_size, rank, share, world_size
+from utils.distributed import from_main, local_rank, rank, share, world_size
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -27,12 +24,9 @@ from .images import check_images, read_triple
 from .manifest import load_manifest
 from .sampler import Draw, IdentityBatchSampler
 from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
+from .workers import count_workers, tell_worker_errors, worker_options
 
 logger = logging.getLogger(__name__)
-
-PREFETCH = 2
-"""Batches that a worker process prepares ahead."""
-SHARED_MEMORY = "/dev/shm"
 
 
 def collate(items: Sequence[tuple]) -> Batch:
@@ -205,11 +199,11 @@ def make_dataloader(cfg: CfgNode, train: bool = True) -> ReidData:
     if cache == "off":
         if train and cfg.DATASETS.CHECK and local_rank() == 0:
             check_images(splits.train + evaluated, workers)
-        options = _worker_options(workers, cfg.TEST.IMS_PER_BATCH, prepare.size, cuda)
+        options = _loader_options(workers, cfg.TEST.IMS_PER_BATCH, prepare.size, cuda)
         val = DataLoader(TripleDataset(evaluated, prepare), batch_sampler=ordered, **options)
         if train:
             triples = AugmentedDataset(TripleDataset(labelled, augment), cfg.SOLVER.SEED)
-            options = _worker_options(workers, cfg.SOLVER.IMS_PER_BATCH // world_size(), augment.size, cuda)
+            options = _loader_options(workers, cfg.SOLVER.IMS_PER_BATCH // world_size(), augment.size, cuda)
             stay = options["num_workers"] > 0
             training = DataLoader(triples, batch_sampler=by_identity, persistent_workers=stay, **options)
     else:
@@ -271,48 +265,10 @@ def _check_divides(batch: int, parts: int, instances: int) -> None:
     )
 
 
-def count_workers(requested: int) -> int:
-    """DATALOADER.NUM_WORKERS as worker processes of this rank: -1 leaves it one core free.
-
-    More than its cores are not started; the ranks of a machine share its cores.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // local_world_size())
-    if requested < 0:
-        return cores - 1
-    if requested > cores:
-        logger.info("DATALOADER.NUM_WORKERS: %d workers instead of %d, one for each core", cores, requested)
-    return min(requested, cores)
-
-
-def _worker_options(workers: int, batch_size: int, size: Sequence[int], pin_memory: bool) -> dict:
-    """Options of DataLoader common to training and evaluation; fewer workers where shared memory is too small."""
-    if workers and os.path.isdir(SHARED_MEMORY):
-        batch_bytes = 4 * batch_size * len(MODALITIES) * 3 * size[0] * size[1]
-        affordable = shutil.disk_usage(SHARED_MEMORY).free // (PREFETCH * batch_bytes * local_world_size())
-        if affordable < workers:
-            logger.warning(
-                "%s has room for the batches of %d workers instead of %d; in a container, start it with more "
-                "shared memory (docker run --shm-size=8g) to load faster",
-                SHARED_MEMORY,
-                affordable,
-                workers,
-            )
-            workers = affordable
-    return {
-        "num_workers": workers,
-        "prefetch_factor": PREFETCH if workers else None,
-        "collate_fn": collate,
-        "worker_init_fn": _outlive_one_sigterm,
-        "pin_memory": pin_memory,
-        "generator": torch.Generator(),  # of its own, so that a pass leaves the global random state alone
-    }
-
-
-def _outlive_one_sigterm(worker: int) -> None:
-    """In a worker process: a signal to the whole group is for the main process, which ends the workers in its time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def _loader_options(workers: int, batch_size: int, size: Sequence[int], pin_memory: bool) -> dict[str, Any]:
+    """Options of DataLoader common to training and evaluation, whose batches are float32."""
+    batch_bytes = 4 * batch_size * len(MODALITIES) * 3 * size[0] * size[1]
+    return {"collate_fn": collate, "pin_memory": pin_memory, **worker_options(workers, batch_bytes)}
 
 
 def _batches(loader: DataLoader | CachedBatches, device: torch.device) -> Iterator[Batch]:
@@ -320,24 +276,6 @@ def _batches(loader: DataLoader | CachedBatches, device: torch.device) -> Iterat
     if isinstance(loader, CachedBatches):
         yield from loader.batches(device)
         return
-    try:
-        with tell_lost_workers():
-            for batch in loader:
-                yield batch.to(device, non_blocking=True)
-    except UserError as error:
-        raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None
-
-
-@contextmanager
-def tell_lost_workers() -> Iterator[None]:
-    """Makes a UserError of a data worker's death, which torch raises wherever the main process happens to be."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"A data loading process ended unexpectedly ({error}). This is most often a lack of memory: lower "
-            "DATALOADER.NUM_WORKERS (0 loads in the main process) or the batch size. Training goes on from its "
-            "last.pth, given as TEST.WEIGHT."
-        ) from error
+    with tell_worker_errors():
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)

@@ -47,7 +47,7 @@ def load(source, tmp_path, disk=True, workers=2):
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 def test_pixels_are_those_of_the_files(source, tmp_path, disk, resample, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 2)  # several chunks, the last one not full
+    monkeypatch.setattr(module, "BATCH", 2)  # several batches, the last one not full
     source = PixelSource(source.name, source.samples, SIZE, resample)
     pixels = load(source, tmp_path, disk)
     assert pixels.dtype == np.uint8 and pixels.shape == (5, 3, 3, *SIZE)

@@ -1,7 +1,6 @@
 """Loaders on small image files: the same batches whatever the workers, and faults that reach the user."""
 
 import importlib
-import logging
 import os
 import pickle
 import random
@@ -208,26 +207,6 @@ def test_too_few_identities_for_a_batch(root):
     cfg.SOLVER.IMS_PER_BATCH = 10
     with pytest.raises(UserError, match=r"takes 5 identities .* has 4"):
         make_dataloader(cfg)
-
-
-def test_workers_are_limited_with_a_notice(monkeypatch, caplog):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
-    with caplog.at_level(logging.INFO):
-        assert [module.count_workers(n) for n in (-1, 0, 3, 4)] == [3, 0, 3, 4]
-        assert not caplog.records
-        assert module.count_workers(8) == 4
-    assert "4 workers instead of 8" in caplog.text
-
-
-def test_workers_fit_into_shared_memory(monkeypatch, caplog):
-    usage = SimpleNamespace(free=64 * 2**20)  # a container's default
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(module.os.path, "isdir", lambda path: True)
-    small = module._worker_options(4, batch_size=16, size=(64, 32), pin_memory=False)
-    assert small["num_workers"] == 4
-    large = module._worker_options(4, batch_size=64, size=(256, 128), pin_memory=False)
-    assert large["num_workers"] == 0 and large["prefetch_factor"] is None
-    assert "--shm-size" in caplog.text
 
 
 def test_batch_moves_and_datasets_pickle(root):

@@ -20,8 +20,9 @@ from data.datasets import LAYOUTS, DatasetSplits, Sample, count, load_dataset
 from data.faults import DataError, listing
 from data.folders import recognise
 from data.images import check_images
-from data.make_dataloader import count_workers, load_splits
+from data.make_dataloader import load_splits
 from data.manifest import load_manifest
+from data.workers import count_workers
 from modeling.pretrained import read_weights
 from utils.cli import run
 from utils.errors import UserError

@@ -16,7 +16,7 @@ import torch
 
 from data.datasets import Sample
 from data.folders import load_folder
-from data.make_dataloader import count_workers
+from data.workers import count_workers
 from engine import load_model
 from utils.cli import run
 from utils.feature_file import FeatureFile, check_suffix
