@@ -97,7 +97,7 @@ KEYS: dict[str, dict[str, Key]] = {
             choices=("best", "random"),
         ),
         "SDTPS_POOL": Key(
-            "attention",
+            "cross",
             "how the selected tokens become one feature: mean (the aggregation ratio then does next to nothing), gem, "
             "attention, transformer; reduce joins attention's with the class token; cross is reduce behind a layer in "
             "which the tokens of all modalities attend to each other",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +25,7 @@ from utils.modalities import MODALITIES
 from .datasets import Sample
 from .images import check_images, read_triple
 from .transforms import to_pixels
-from .workers import tell_worker_errors, worker_options
+from .workers import tell_lost_workers, worker_options
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def on_disk(source: PixelSource, folder: Path, root: Path, workers: int) -> np.n
 
 
 class _Decoding(Dataset):
-    """The triples of a source, decoded: (M, 3, H, W) uint8."""
+    """The triples of a source, decoded: (M, 3, H, W) uint8, or the UserError that says why not."""
 
     def __init__(self, source: PixelSource):
         self.source = source
@@ -173,8 +174,17 @@ class _Decoding(Dataset):
     def __len__(self) -> int:
         return len(self.source.samples)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(read_triple(self.source.samples[index]), self.source.size, self.source.resample)
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        try:
+            return to_pixels(read_triple(self.source.samples[index]), self.source.size, self.source.resample)
+        except UserError as error:  # one that is raised in a worker would keep all workers alive with its traceback
+            return error
+
+
+def _stack(items: Sequence[Tensor | UserError]) -> Tensor | UserError:
+    """A batch, or the first of its errors."""
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else torch.stack(items)
 
 
 def decoded(source: PixelSource, workers: int) -> Iterator[np.ndarray]:
@@ -186,10 +196,12 @@ def decoded(source: PixelSource, workers: int) -> Iterator[np.ndarray]:
         UserError: a file cannot be decoded; the message names it.
     """
     batch_bytes = BATCH * int(np.prod(source.shape[1:]))
-    loader = DataLoader(_Decoding(source), BATCH, **worker_options(workers, batch_bytes))
+    loader = DataLoader(_Decoding(source), BATCH, collate_fn=_stack, **worker_options(workers, batch_bytes))
     bar = tqdm(total=len(source.samples), desc=f"decoding {source.name}", delay=2, leave=False, disable=None)
-    with bar, tell_worker_errors():
+    with bar, tell_lost_workers():
         for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
             yield from batch.numpy()
             bar.update(len(batch))
 

@@ -24,7 +24,7 @@ from .images import check_images, read_triple
 from .manifest import load_manifest
 from .sampler import Draw, IdentityBatchSampler
 from .transforms import EvalTransform, TrainTransform, make_transforms, seeded
-from .workers import count_workers, tell_worker_errors, worker_options
+from .workers import count_workers, tell_lost_workers, worker_options
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +276,9 @@ def _batches(loader: DataLoader | CachedBatches, device: torch.device) -> Iterat
     if isinstance(loader, CachedBatches):
         yield from loader.batches(device)
         return
-    with tell_worker_errors():
-        for batch in loader:
-            yield batch.to(device, non_blocking=True)
+    try:
+        with tell_lost_workers():
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
+    except UserError as error:
+        raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None

@@ -74,13 +74,3 @@ def tell_lost_workers() -> Iterator[None]:
             "DATALOADER.NUM_WORKERS (0 loads in the main process) or the batch size. Training goes on from its "
             "last.pth, given as TEST.WEIGHT."
         ) from error
-
-
-@contextmanager
-def tell_worker_errors() -> Iterator[None]:
-    """`tell_lost_workers`, and a UserError of a worker process without the traceback that torch puts around it."""
-    try:
-        with tell_lost_workers():
-            yield
-    except UserError as error:
-        raise UserError(str(error).split(f"{UserError.__name__}: ")[-1].strip()) from None

@@ -76,7 +76,7 @@ class ReIDModel(nn.Module):
         head_per_modality: bool = False,
         fusion: Fusion | None = None,
         sdtps: SDTPS | None = None,
-        sdtps_pool: str = "attention",
+        sdtps_pool: str = "cross",
         sdtps_global: str = "class",
         sdtps_after_block: int = 0,
         sdtps_aux_head: bool = False,

@@ -1,9 +1,11 @@
 """Cached pixels against the files, and cache files against every reason to distrust them."""
 
 import logging
+import multiprocessing
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +243,10 @@ def test_free_memory_knows_a_containers_limit(tmp_path, monkeypatch):
     assert free_memory() == 500000
     files[0].write_text("max\n")
     assert free_memory() > whole / 2
+
+
+def test_no_process_is_left_behind_by_a_file_that_cannot_be_decoded(source, tmp_path):
+    Path(source.samples[3].images[1].path).write_bytes(b"no image")
+    with pytest.raises(UserError) as kept:  # whoever keeps the error keeps no process with it
+        load(source, tmp_path, disk=False)
+    assert "cannot be decoded" in str(kept.value) and not multiprocessing.active_children()

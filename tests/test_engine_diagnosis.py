@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from modeling import make_model
 from modeling.sdtps import SDTPS, mix_tokens
 from solver import create_scheduler, make_loss, make_optimizer
 from utils.logging import read_metrics
+from utils.modalities import MODALITIES
 
 NAN = float("nan")
 
@@ -68,12 +70,12 @@ def test_a_healthy_run_is_left_in_peace(train, caplog):
 class MaskedSDTPS(SDTPS):
     """Keeps patches by a straight-through mask D, used as -(1 - D) * 1e10 in the logits: its gradient is unbounded."""
 
-    def aggregate(self, v, scores, kept, dropped):
-        hard = torch.zeros_like(scores).scatter(-1, kept, 1.0)
-        soft = scores.softmax(-1)
+    def aggregate(self, v, choice, present=None):
+        hard = torch.zeros_like(choice.scores).scatter(-1, choice.kept, 1.0)
+        soft = choice.scores.softmax(-1)
         mask = hard + soft - soft.detach()
-        bias = -(1 - mask) * 1e10
-        return mix_tokens(self.aggregator.values(), v, bias)
+        tokens = mix_tokens(self.aggregator.values(), v, -(1 - mask) * 1e10)
+        return replace(super().aggregate(v, choice, present), tokens=dict(zip(MODALITIES, tokens, strict=True)))
 
 
 def test_an_unbounded_mask_gradient_is_told_in_the_first_epoch(train, monkeypatch, caplog):
