@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ log = logging.getLogger("tools.benchmark")
 
 GIB = 2**30
 IDS, CAMERAS = 171, 4
+EPOCH_STEPS = 54
+"""Of RGBNT201, 3456 samples in batches of 64: how long a run is decides what is compiled."""
 STEPS = 20
 """Steps between two looks at the clock."""
 RANDOM_WEIGHTS = ("MODEL.PRETRAINED", "False", "MODEL.PRETRAIN_PATH_T", "")
@@ -58,7 +61,7 @@ Row = dict[str, Any]
 
 
 class StepBench:
-    """A training step on random batches, as `engine.do_train` makes it."""
+    """A training step on random batches, as `engine.do_train` makes it in a run of `EPOCH_STEPS` an epoch."""
 
     def __init__(self, cfg: CfgNode):
         self.device = select_device(cfg.MODEL.DEVICE)
@@ -71,7 +74,9 @@ class StepBench:
         guard = FiniteGuard(self.model, make_optimizer(cfg, self.model), scaler)
         start = time.perf_counter()
         parts = self.batch_size // cfg.SOLVER.ACCUMULATION
-        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts)
+        self.compiled = compile_training(
+            cfg, self.model, self.loss_fn, dtype, parts, steps=cfg.SOLVER.MAX_EPOCHS * EPOCH_STEPS
+        )
         self.compile_seconds = time.perf_counter() - start
         self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard)
         self.model.train()
@@ -115,7 +120,19 @@ def time_steps(cfg: CfgNode, repeats: int) -> Row:
         bench.synchronize()
         rates.append(STEPS * bench.batch_size / (time.perf_counter() - start))
     row = {"compiled": bench.compiled, "compile_s": round(bench.compile_seconds, 1)}
+    if bench.device.type == "cuda":
+        row["waits"] = _count_waits(lambda: bench.step(batches[0], 1, STEPS))
     return _spread(rates, "samples/s") | _peak(bench.device) | row
+
+
+def _count_waits(action: Callable[[], object]) -> int:
+    """How often the host waits for the device."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        action()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in told)
 
 
 def compare_losses(cfg: CfgNode, repeats: int) -> Row:
@@ -230,11 +247,14 @@ def profile_step(cfg: CfgNode, lines: int = 40) -> str:
     return "\n".join([f"{total:8.3f} ms on the device in all", *rows])
 
 
+LONG = ("SOLVER.MAX_EPOCHS", "1000")
 FUSION = ("MODEL.HDM", "True", "MODEL.ATM", "True", "MODEL.GLOBAL_LOCAL", "True")
 ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
     "step": (time_steps, ()),
+    "step, long run": (time_steps, LONG),
     "step, no SDTPS": (time_steps, ("MODEL.USE_SDTPS", "False")),
     "step, SDTPS_AFTER_BLOCK 6": (time_steps, ("MODEL.SDTPS_AFTER_BLOCK", "6")),
+    "step, SDTPS_AFTER_BLOCK 6, long run": (time_steps, ("MODEL.SDTPS_AFTER_BLOCK", "6", *LONG)),
     "step, SDTPS_POOL attention": (time_steps, ("MODEL.SDTPS_POOL", "attention")),
     "step, SDTPS_AUX_HEAD": (time_steps, ("MODEL.SDTPS_AUX_HEAD", "True")),
     "step, SDTPS_SCORE_GRAD none": (time_steps, ("MODEL.SDTPS_SCORE_GRAD", "none")),
