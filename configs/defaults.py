@@ -204,7 +204,7 @@ KEYS: dict[str, dict[str, Key]] = {
         ),
         "COMPILE": Key(
             "auto",
-            "torch.compile; auto: on CUDA, unless DETERMINISTIC, the backbone, and in a long run the rest too; on: all",
+            "torch.compile, region by region; auto: on CUDA, unless DETERMINISTIC",
             choices=("auto", "on", "off"),
             also={True: "on", False: "off"},
         ),

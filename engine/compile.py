@@ -21,34 +21,11 @@ EVALUATION_PAYS = 100_000
 """Triples to evaluate in a run for which compiling the network's evaluation takes as long as it saves: about 10 s for
 its graphs, which are others than those of training, and 0.1 ms a triple (ViT-B/16 on one H200)."""
 
-BRANCHES_PAY = 10_000
-"""Steps of a run in which compiling branches and losses as a whole takes as long as it saves: about 10 s, and 1 ms a
-step (ViT-B/16 on one H200)."""
-
-
-def what_pays(solver: CfgNode, device_type: str, steps: int) -> str:
-    """What SOLVER.COMPILE compiles in a run: "none"; "main", backbone and SDTPS's work on all patches; or "all",
-    branches and losses too.
-
-    Args:
-        steps: of the whole run, also where it is resumed.
-    """
-    if solver.COMPILE != "auto":
-        return {"on": "all", "off": "none"}[solver.COMPILE]
-    if device_type != "cuda":
-        return "none"
-    if solver.DETERMINISTIC:
-        log.info(
-            "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
-        )
-        return "none"
-    return "all" if steps > BRANCHES_PAY else "main"
-
 
 def compile_training(
-    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int, steps: int
+    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int
 ) -> bool:
-    """Compiles what pays, see `what_pays`, on a blank batch that leaves no trace.
+    """Compiles model and loss for training, as SOLVER.COMPILE says, on a blank batch that leaves no trace.
 
     Where the compiler fails, for want of a C compiler or on a card that it does not know, training goes on without it
     and the log says why.
@@ -57,18 +34,23 @@ def compile_training(
         model: on its device.
         dtype: autocast type, None for float32.
         batch_size: triples that pass through the model at once.
-        steps: of the whole run, also where it is resumed.
 
     Returns:
-        Whether anything is compiled.
+        Whether the regions are compiled.
     """
-    parts = what_pays(cfg.SOLVER, next(model.parameters()).device.type, steps)
-    if parts == "none":
+    device = next(model.parameters()).device
+    wanted = cfg.SOLVER.COMPILE
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    if wanted == "auto" and cfg.SOLVER.DETERMINISTIC:
+        log.info(
+            "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
+        )
         return False
     start = time.perf_counter()
     # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
     torch._functorch.config.enable_autograd_cache = False
-    compile_regions(*((model, loss_fn) if parts == "all" else filter(None, (model.backbone, model.sdtps))))
+    compile_regions(model, loss_fn)
     try:
         _without_trace(model, lambda: _blank_step(cfg, model, loss_fn, dtype, batch_size))
     except Exception as error:
@@ -78,8 +60,7 @@ def compile_training(
         ]  # the first may only name the compiler
         log.warning("not compiled, so training is slower: %s: %s", type(error).__name__, " ".join(told[:2]))
         return False
-    what = "backbone, branches and losses" if parts == "all" else "backbone and SDTPS"
-    log.info("compiled for training: %s (%.0f s)", what, time.perf_counter() - start)
+    log.info("compiled for training (%.0f s)", time.perf_counter() - start)
     return True
 
 

@@ -18,7 +18,7 @@ from data.masks import person_patches
 from engine.device import autocast_dtype
 from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
-from modeling.regions import any_compiled, uncompiled
+from modeling.regions import is_compiled, uncompiled
 from modeling.sdtps import Selection
 from utils.distributed import from_main, gather_objects, gather_rows, is_main
 from utils.errors import UserError
@@ -108,7 +108,7 @@ def extract_features(
         inside = [row for row, place in enumerate(places) if place in keep]
         first += len(batch.pid)
         size = max(size, len(batch.pid))
-        last = any_compiled(model) and len(batch.pid) < size  # would be compiled anew
+        last = is_compiled(model) and len(batch.pid) < size  # would be compiled anew
         regions = uncompiled(model) if last else nullcontext()
         with regions, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             encoded = model.encode(batch.images, batch.camid, batch.present)

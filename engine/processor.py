@@ -25,7 +25,7 @@ from engine.output import LAST, METRICS_FILE, open_output_dir
 from engine.parallel import Objective, parallel
 from engine.step import TrainStep
 from modeling import ReIDModel
-from modeling.regions import compile_like, uncompiled
+from modeling.regions import compile_regions, uncompiled
 from solver.make_loss import ReIDLoss
 from solver.scheduler import CosineSchedule, DemoSchedule
 from utils.distributed import average, barrier, from_main, is_main, rank, world_size
@@ -106,10 +106,9 @@ def do_train(
         known = {name: metrics for name, metrics in sections.items() if metrics}
         writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
 
-    steps, at_once = s.MAX_EPOCHS * len(train_loader), s.IMS_PER_BATCH // s.ACCUMULATION // world_size()
-    compile_training(cfg, model, loss_fn, dtype, at_once, steps)
+    compiled = compile_training(cfg, model, loss_fn, dtype, s.IMS_PER_BATCH // s.ACCUMULATION // world_size())
     if ema:
-        compile_like(ema.module, model)
+        compile_regions(ema.module, enable=compiled)
     if start is None:
         knowing_nothing = loss_fn.uninformed(model.heads.keys(), 2 * cfg.MODEL.SDTPS_WARMUP_EPOCHS + 1)
         log.info("a network that knows nothing has a loss of %.2f", knowing_nothing)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.regions import is_compiled, region
+from modeling.regions import is_compiled
 from utils.modalities import MODALITIES
 
 NORM_FLOOR = 1e-4
@@ -259,7 +259,6 @@ class SDTPS(nn.Module):
         choice = self.decide(v, g, present)
         return self.aggregate(v, choice, present)
 
-    @region
     def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
         """Scores and chooses: the first half of `select`, for patches that have a way to go before they are mixed."""
         with torch.autocast(v.device.type, enabled=False):
@@ -267,14 +266,12 @@ class SDTPS(nn.Module):
             scores, predicted = self.score(v, g, present)
             return Choice(scores, predicted, *self.choose(scores))
 
-    @region
     def aggregate(self, v: Tensor, choice: Choice, present: Tensor | None = None) -> Selection:
         """What comes of the patches v (M, B, N, C) by a given choice: the second half of `select`."""
         with torch.autocast(v.device.type, enabled=False):
             v = _at_least_float32(v)
             return self.finish(choice, gather_tokens(v, choice.kept), fuse_dropped(v, choice), present)
 
-    @region
     def finish(self, choice: Choice, kept: Tensor, fused: Tensor, present: Tensor | None = None) -> Selection:
         """`aggregate`, where the kept and the dropped patches are apart already.
 

@@ -9,10 +9,10 @@ import torch
 import engine.compile
 import train_net
 from engine import processor
-from engine.compile import BRANCHES_PAY, EVALUATION_PAYS, compile_training, pays_in_evaluation, what_pays
+from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation
 from engine.device import tf32_beside_half
 from modeling import make_model, regions
-from modeling.regions import any_compiled, compile_like, compile_regions, is_compiled, uncompiled
+from modeling.regions import is_compiled, uncompiled
 from solver import make_loss
 
 
@@ -31,7 +31,7 @@ def backend(monkeypatch, function):
 def test_a_cpu_is_left_alone_unless_asked_for(tiny_cfg):
     for opts in ((), ("SOLVER.COMPILE", "off")):
         cfg, model, loss_fn = built(tiny_cfg, *opts)
-        assert not compile_training(cfg, model, loss_fn, None, 8, steps=9) and not is_compiled(model)
+        assert not compile_training(cfg, model, loss_fn, None, 8) and not is_compiled(model)
 
 
 def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, monkeypatch):
@@ -40,7 +40,7 @@ def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, 
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on", "MODEL.DROP_PATH", "0.2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert compile_training(cfg, model.eval(), loss_fn, None, 8, steps=9) and calls
+    assert compile_training(cfg, model.eval(), loss_fn, None, 8) and calls
     assert is_compiled(model) and is_compiled(loss_fn) and not model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -58,61 +58,11 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
     backend(monkeypatch, broken)
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on")
     with caplog.at_level(logging.WARNING):
-        assert not compile_training(cfg, model, loss_fn, None, 8, steps=9)
+        assert not compile_training(cfg, model, loss_fn, None, 8)
     assert "not compiled, so training is slower" in caplog.text and "no C compiler found" in caplog.text
     assert not is_compiled(model) and not is_compiled(loss_fn)
     images = {m: torch.zeros(2, 3, *cfg.INPUT.SIZE_TRAIN) for m in ("RGB", "NI", "TI")}
     assert model(images, torch.tensor([0, 1])).logits
-
-
-def test_auto_compiles_the_branches_in_long_runs_on_cuda_alone(tiny_cfg):
-    for opts, device, steps, expected in (
-        ((), "cuda", BRANCHES_PAY, "main"),
-        ((), "cuda", BRANCHES_PAY + 1, "all"),
-        ((), "cpu", BRANCHES_PAY + 1, "none"),
-        (("SOLVER.DETERMINISTIC", "True"), "cuda", BRANCHES_PAY + 1, "none"),
-        (("SOLVER.DETERMINISTIC", "True", "SOLVER.COMPILE", "on"), "cuda", 1, "all"),
-        (("SOLVER.COMPILE", "on"), "cpu", 1, "all"),
-        (("SOLVER.COMPILE", "off"), "cuda", BRANCHES_PAY + 1, "none"),
-    ):
-        assert what_pays(tiny_cfg(*opts).SOLVER, device, steps) == expected, (opts, device, steps)
-
-
-@pytest.mark.parametrize("parts", ["main", "all"])
-def test_a_run_compiles_what_pays_and_its_average_and_what_lies_between_agree(tiny_yaml, monkeypatch, parts, caplog):
-    """While nothing is compiled in between, and in the moving average of the weights, the switches stand alike."""
-    asked, epochs, steps, twins = [], [], [], []
-    backend(monkeypatch, lambda graph, inputs: graph)
-    monkeypatch.setattr(engine.compile, "what_pays", lambda solver, device, steps: asked.append(steps) or parts)
-    step = processor.TrainStep.__call__
-
-    def watched_step(self, *args):
-        loss_fn = self.objective.loss_fn
-        epochs.append(args[1])
-        steps.append(tuple(map(is_compiled, (self.model.backbone, self.model.sdtps, self.model, loss_fn))))
-        twins.append([is_compiled(m) for m in self.ema.module.modules()] == [*map(is_compiled, self.model.modules())])
-        return step(self, *args)
-
-    monkeypatch.setattr(processor.TrainStep, "__call__", watched_step)
-    with caplog.at_level(logging.INFO):
-        train_net.main(str(tiny_yaml), ["SOLVER.MAX_EPOCHS", "2", "SOLVER.EMA_DECAY", "0.9"])
-    assert set(steps) == {(True, True, parts == "all", parts == "all")} and all(twins)
-    assert asked == [2 * epochs.count(1)]
-    assert f"{'backbone and SDTPS' if parts == 'main' else 'backbone, branches and losses'} (" in caplog.text
-
-
-def test_switches_return_to_what_they_were(tiny_cfg):
-    _, model, loss_fn = built(tiny_cfg)
-    assert not any_compiled(model)
-    compile_regions(model.backbone)
-    assert any_compiled(model) and not is_compiled(model)
-    with uncompiled(model, loss_fn):
-        assert not any_compiled(model)
-    assert is_compiled(model.backbone) and not is_compiled(model) and not is_compiled(loss_fn)
-    twin = built(tiny_cfg)[1]
-    compile_regions(twin.sdtps)
-    compile_like(twin, model)
-    assert is_compiled(twin.backbone.vit) and not is_compiled(twin) and not is_compiled(twin.sdtps)
 
 
 def test_evaluation_is_compiled_where_a_run_evaluates_enough(tiny_cfg):

@@ -51,8 +51,6 @@ log = logging.getLogger("tools.benchmark")
 
 GIB = 2**30
 IDS, CAMERAS = 171, 4
-EPOCH_STEPS = 54
-"""Of RGBNT201, 3456 samples in batches of 64: how long a run is decides what is compiled."""
 STEPS = 20
 """Steps between two looks at the clock."""
 RANDOM_WEIGHTS = ("MODEL.PRETRAINED", "False", "MODEL.PRETRAIN_PATH_T", "")
@@ -61,7 +59,7 @@ Row = dict[str, Any]
 
 
 class StepBench:
-    """A training step on random batches, as `engine.do_train` makes it in a run of `EPOCH_STEPS` an epoch."""
+    """A training step on random batches, as `engine.do_train` makes it."""
 
     def __init__(self, cfg: CfgNode):
         self.device = select_device(cfg.MODEL.DEVICE)
@@ -74,9 +72,7 @@ class StepBench:
         guard = FiniteGuard(self.model, make_optimizer(cfg, self.model), scaler)
         start = time.perf_counter()
         parts = self.batch_size // cfg.SOLVER.ACCUMULATION
-        self.compiled = compile_training(
-            cfg, self.model, self.loss_fn, dtype, parts, steps=cfg.SOLVER.MAX_EPOCHS * EPOCH_STEPS
-        )
+        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts)
         self.compile_seconds = time.perf_counter() - start
         self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard)
         self.model.train()
@@ -247,14 +243,11 @@ def profile_step(cfg: CfgNode, lines: int = 40) -> str:
     return "\n".join([f"{total:8.3f} ms on the device in all", *rows])
 
 
-LONG = ("SOLVER.MAX_EPOCHS", "1000")
 FUSION = ("MODEL.HDM", "True", "MODEL.ATM", "True", "MODEL.GLOBAL_LOCAL", "True")
 ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
     "step": (time_steps, ()),
-    "step, long run": (time_steps, LONG),
     "step, no SDTPS": (time_steps, ("MODEL.USE_SDTPS", "False")),
     "step, SDTPS_AFTER_BLOCK 6": (time_steps, ("MODEL.SDTPS_AFTER_BLOCK", "6")),
-    "step, SDTPS_AFTER_BLOCK 6, long run": (time_steps, ("MODEL.SDTPS_AFTER_BLOCK", "6", *LONG)),
     "step, SDTPS_POOL attention": (time_steps, ("MODEL.SDTPS_POOL", "attention")),
     "step, SDTPS_AUX_HEAD": (time_steps, ("MODEL.SDTPS_AUX_HEAD", "True")),
     "step, SDTPS_SCORE_GRAD none": (time_steps, ("MODEL.SDTPS_SCORE_GRAD", "none")),
