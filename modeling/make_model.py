@@ -94,7 +94,7 @@ class ReIDModel(nn.Module):
         self.sdtps_only, self.sdtps_global = sdtps_only, sdtps_global
         self.neck_feat, self.branch_norm = neck_feat, branch_norm
         needs_reduced = not sdtps_only or sdtps_global == "reduced"
-        self.reduce = nn.ModuleDict({m: Reduce(width) for m in MODALITIES}) if global_local and needs_reduced else None
+        self.reduce = Reduce(width) if global_local and needs_reduced else None
 
         head_dims = {}  # `ori` first: its initial weights do not depend on the branches beside it
         if not sdtps_only:
@@ -213,8 +213,7 @@ class ReIDModel(nn.Module):
         patches, class_tokens = encoded.patches, encoded.class_tokens
         globals_ = class_tokens
         if self.reduce is not None:
-            local = patches.mean(dim=2)
-            globals_ = torch.stack([self.reduce[m](class_tokens[i], local[i]) for i, m in enumerate(MODALITIES)])
+            globals_ = self.reduce(class_tokens, patches.mean(dim=2))
         by_modality = dict(zip(MODALITIES, globals_.unbind(0), strict=True))
 
         features, selection = {}, None

@@ -7,10 +7,11 @@ Shape letters: B batch, M modalities, T tokens, C channels.
 """
 
 import torch
-from timm.layers.activations import QuickGELU
+from timm.layers.activations import quick_gelu
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from modeling.per_modality import layer_norm, linear
 from utils.modalities import MODALITIES
 
 
@@ -58,18 +59,23 @@ class TransformerPool(nn.Module):
         return self.block(tokens).mean(dim=1)
 
 
-class Reduce(nn.Module):
-    """Joins a global (B, C) with a local feature (B, C), such as the mean of its patches, and reduces the pair to
-    (B, C). DeMo's GLOBAL_LOCAL."""
+class Reduce(nn.ModuleDict):
+    """Joins each modality's global with a local feature, such as the mean of its patches, and reduces the pair by
+    layers of its own: (M, B, C) and (M, B, C) -> (M, B, C). DeMo's GLOBAL_LOCAL."""
 
+    def __init__(self, embed_dim: int):
+        super().__init__({m: _ReduceLayers(embed_dim) for m in MODALITIES})
+
+    def forward(self, globals_: Tensor, local: Tensor) -> Tensor:
+        x = layer_norm((own.norm for own in self.values()), torch.cat([globals_, local], dim=-1))
+        return quick_gelu(linear((own.linear for own in self.values()), x))
+
+
+class _ReduceLayers(nn.Module):
     def __init__(self, embed_dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(2 * embed_dim)
         self.linear = nn.Linear(2 * embed_dim, embed_dim)
-        self.act = QuickGELU()
-
-    def forward(self, global_: Tensor, local: Tensor) -> Tensor:
-        return self.act(self.linear(self.norm(torch.cat([global_, local], dim=-1))))
 
 
 class OwnPool(nn.ModuleDict):
@@ -89,11 +95,10 @@ class ReducePool(nn.Module):
     def __init__(self, embed_dim: int):
         super().__init__()
         self.own = OwnPool("attention", embed_dim)
-        self.reduce = nn.ModuleDict({m: Reduce(embed_dim) for m in MODALITIES})
+        self.reduce = Reduce(embed_dim)
 
     def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
-        pooled = self.own(tokens, class_tokens)
-        return torch.stack([self.reduce[m](class_tokens[i], pooled[i]) for i, m in enumerate(MODALITIES)])
+        return self.reduce(class_tokens, self.own(tokens, class_tokens))
 
 
 class CrossPool(nn.Module):
@@ -108,7 +113,7 @@ class CrossPool(nn.Module):
         self.modality = nn.Parameter(torch.empty(len(MODALITIES), 1, embed_dim))
         nn.init.trunc_normal_(self.modality, std=0.02)
         self.block = Block(embed_dim, _num_heads(embed_dim), mlp_ratio=2.0, qkv_bias=True)
-        self.reduce = nn.ModuleDict({m: Reduce(embed_dim) for m in MODALITIES})
+        self.reduce = Reduce(embed_dim)
 
     def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
         x = torch.cat([class_tokens.unsqueeze(2), tokens.to(class_tokens.dtype)], dim=2).transpose(0, 1)  # (B, M, ...)
@@ -119,7 +124,7 @@ class CrossPool(nn.Module):
             seen = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
         x = self.block((x + self.modality).flatten(1, 2), attn_mask=mask).unflatten(1, shape).transpose(0, 1)
-        return torch.stack([self.reduce[m](x[i, :, 0], x[i, :, 1:].mean(dim=1)) for i, m in enumerate(MODALITIES)])
+        return self.reduce(x[:, :, 0], x[:, :, 1:].mean(dim=2))
 
 
 TOKEN_POOLS = ("mean", "gem", "attention", "transformer")

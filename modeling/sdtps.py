@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.per_modality import layer_norm, linear
 from modeling.regions import is_compiled
 from utils.modalities import MODALITIES
 
@@ -126,15 +127,6 @@ def _fixed_noise(like: Tensor) -> Tensor:
     return noise.transpose(0, 1).to(like)
 
 
-def linear(layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
-    """Each modality's own layer, (M, ..., C) -> (M, ..., D), as one batched product."""
-    layers = list(layers)
-    out = x.flatten(1, -2) @ torch.stack([layer.weight for layer in layers]).transpose(1, 2)
-    if layers[0].bias is not None:
-        out = out + torch.stack([layer.bias for layer in layers]).unsqueeze(1)
-    return out.unflatten(1, x.shape[1:-1])
-
-
 class TokenAggregator(nn.Module):
     """What one modality needs to mix its kept tokens into A, see `mix_tokens`."""
 
@@ -158,13 +150,9 @@ def mix_tokens(aggregators: Iterable[TokenAggregator], tokens: Tensor, importanc
         (M, B, A, C)
     """
     parts = list(aggregators)
-
-    def own(name: str) -> Tensor:
-        return torch.stack([part.get_parameter(name) for part in parts])[:, None, None]
-
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=parts[0].norm.eps) * own("norm.weight") + own("norm.bias")
-    hidden = F.gelu(linear((part.fc1 for part in parts), normed))
-    logits = own("scale").unsqueeze(-1) * linear((part.fc2 for part in parts), hidden)  # (M, B, K, A)
+    hidden = F.gelu(linear((part.fc1 for part in parts), layer_norm((part.norm for part in parts), tokens)))
+    scale = torch.stack([part.scale for part in parts])[:, None, None, None]
+    logits = scale * linear((part.fc2 for part in parts), hidden)  # (M, B, K, A)
     if importance is not None:
         logits = logits + importance.unsqueeze(-1)
     return logits.softmax(dim=2).transpose(2, 3) @ tokens
