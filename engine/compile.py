@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from engine.device import tf32_beside_half
 from modeling import ReIDModel
 from modeling.regions import compile_regions
 from solver.make_loss import ReIDLoss
@@ -81,12 +80,11 @@ def _blank_step(cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.
     blank = torch.zeros(batch_size, 3, *cfg.INPUT.SIZE_TRAIN, device=device)
     pid = torch.arange(batch_size, device=device) // cfg.DATALOADER.NUM_INSTANCE % loss_fn.num_classes
     camid = torch.zeros(batch_size, dtype=torch.long, device=device)
-    with tf32_beside_half(device, dtype):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = model(dict.fromkeys(MODALITIES, blank), camid)
-            loss, _ = loss_fn(output, pid, cfg.SOLVER.MAX_EPOCHS)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        output = model(dict.fromkeys(MODALITIES, blank), camid)
+        loss, _ = loss_fn(output, pid, cfg.SOLVER.MAX_EPOCHS)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _without_trace(model: ReIDModel, action: Callable[[], None]) -> None:

@@ -3,8 +3,6 @@
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -96,24 +94,6 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
             f"SOLVER.AMP is 'fp16', which needs a CUDA device; this run uses {device.type}. Set it to auto."
         )
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}[amp]
-
-
-@contextmanager
-def tf32_beside_half(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within it, where a half type is used on CUDA, what stays in float32 beside it multiplies matrices in TF32.
-
-    That is SDTPS, whose input is in half precision anyway: its weight gradients are then several times faster. Meant
-    for forward and backward pass of training; features and distances of an evaluation are left alone.
-    """
-    if device.type != "cuda" or dtype is None:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def describe(device: torch.device, dtype: torch.dtype | None) -> str:

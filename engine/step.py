@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data import Batch
-from engine.device import autocast_dtype, tf32_beside_half
+from engine.device import autocast_dtype
 from engine.guard import FiniteGuard
 from engine.monitor import PartNorms
 from engine.parallel import Objective
@@ -56,10 +56,7 @@ class TrainStep:
         guard.optimizer.zero_grad(set_to_none=True)
         guard.before_forward()
         for i, part in enumerate(_micro_batches(batch, self.parts), 1):
-            with (
-                nullcontext() if i == self.parts else self.objective.no_sync(),
-                tf32_beside_half(self.device, self.dtype),
-            ):
+            with nullcontext() if i == self.parts else self.objective.no_sync():
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                     loss, terms, output = self.objective(part, epoch)
                 guard.scaler.scale(loss / self.parts).backward()

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -11,13 +15,13 @@ import pytest
 from PIL import Image
 
 from data.synthetic import SETS, CameraSplit, Preset, generate, writer
-from data.synthetic import __main__ as command
 from data.synthetic.person import HEIGHT, WIDTH
 from data.synthetic.plan import plan
 from data.synthetic.sets import differences
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
+ROOT = Path(__file__).parent.parent
 PEOPLE = SETS["RGBNT201"]
 TINY = Preset(
     "tiny", {"train_171": CameraSplit({(1, 2): 2}, {(1, 2): 8}), "test": CameraSplit({(1, 2): 2}, {(1, 2): 8})}
@@ -227,10 +231,13 @@ def test_wrong_arguments_are_named(tmp_path, arguments, message):
         generate(tmp_path, **arguments)
 
 
-def test_command_line_says_one_line_and_exits_with_2(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("sys.argv", ["synthetic", "--out", str(tmp_path / "file")])
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    assert stopped.value.code == 2
-    assert "Cannot write sample data" in caplog.text and "\n" not in caplog.records[-1].message
+def test_ctrl_c_ends_the_command_with_one_line_and_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data.synthetic", "--out", str(out), "--workers", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(out.glob("**/*.jpg")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.splitlines()[-1] == "interrupted" and "Traceback" not in error
+    assert not any(out.iterdir())

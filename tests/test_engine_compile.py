@@ -10,7 +10,6 @@ import engine.compile
 import train_net
 from engine import processor
 from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation
-from engine.device import tf32_beside_half
 from modeling import make_model, regions
 from modeling.regions import is_compiled, uncompiled
 from solver import make_loss
@@ -94,14 +93,3 @@ def test_a_run_evaluates_as_the_rule_says_and_trains_compiled(tiny_yaml, monkeyp
     assert [compiled for compiled, _ in evaluated] == [pays] * 3 and set(trained) == {True}
     before, after = evaluated[0][1], len(graphs)
     assert after > before > 0 if pays else after == before > 0
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "inside"),
-    [("cuda", torch.bfloat16, "high"), ("cuda", None, "highest"), ("cpu", torch.bfloat16, "highest")],
-)
-def test_float32_products_are_coarser_beside_a_half_type_on_cuda_alone(device, dtype, inside):
-    with pytest.raises(RuntimeError), tf32_beside_half(torch.device(device), dtype):
-        assert torch.get_float32_matmul_precision() == inside
-        raise RuntimeError
-    assert torch.get_float32_matmul_precision() == "highest"

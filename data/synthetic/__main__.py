@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data.synthetic import SETS, contact_sheet, generate
-from utils.errors import UserError
+from utils.cli import run
 
 EXAMPLES = """examples:
   python -m data.synthetic --out datasets/sample
@@ -15,7 +15,7 @@ EXAMPLES = """examples:
 """
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data.synthetic",
@@ -37,19 +37,22 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true", help="also write where the subject is visible, to MASK folders")
     parser.add_argument("--overwrite", action="store_true", help="replace other sample data in the same place")
     parser.add_argument("--contact_sheet", type=Path, metavar="FILE", help="write a picture of some of them to FILE")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.out is None and args.contact_sheet is None:
         parser.error("nothing to do: give --out, --contact_sheet or both")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes what the command line asks for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if args.out is not None:
-            generate(args.out, args.preset, args.seed, args.workers, args.masks, args.overwrite, args.dataset)
-        if args.contact_sheet is not None:
-            contact_sheet(args.preset, args.seed, dataset=args.dataset).save(args.contact_sheet, quality=82)
-    except UserError as error:
-        logging.error("%s", error)
-        sys.exit(2)
+    if args.out is not None:
+        generate(args.out, args.preset, args.seed, args.workers, args.masks, args.overwrite, args.dataset)
+    if args.contact_sheet is not None:
+        contact_sheet(args.preset, args.seed, dataset=args.dataset).save(args.contact_sheet, quality=82)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    sys.exit(run(lambda: main(arguments), arguments.debug))
