@@ -214,5 +214,5 @@ def test_command_line_writes_the_data_set_asked_for(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(command, "generate", lambda *arguments: asked.update(arguments=arguments))
     monkeypatch.setattr("sys.argv", ["synthetic", "--out", str(tmp_path), "--dataset", "MSVR310"])
-    command.main()
+    command.main(command.parse_args())
     assert asked["arguments"] == (tmp_path, "mini", 0, None, False, False, "MSVR310")
