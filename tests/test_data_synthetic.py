@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from data.synthetic import SETS, CameraSplit, Preset, generate, writer
+from data.synthetic import __main__ as command
 from data.synthetic.person import HEIGHT, WIDTH
 from data.synthetic.plan import plan
 from data.synthetic.sets import differences
+from utils.cli import run
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 
@@ -229,6 +231,14 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 def test_wrong_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         generate(tmp_path, **arguments)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(sys, "argv", ["data.synthetic", "--out", str(tmp_path / "file" / "sample"), "--workers", "1"])
+    assert run(lambda: command.main(command.parse_args())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1 and str(tmp_path / "file") in error
 
 
 def test_ctrl_c_ends_the_command_with_one_line_and_leaves_nothing(tmp_path):
