@@ -118,13 +118,13 @@ def do_train(
     barrier()
     objective = parallel(Objective(model, loss_fn), state.epoch + 1)
     train_step = TrainStep(cfg, objective, guard, ema)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # not later: a CUDA graph's memory is counted while it is recorded
 
     with StopRequest(s.RANK_TIMEOUT) as stop, closing(writer), CheckpointWriter() as files:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             batches, quiet = train_loader.batches(device), None if is_main() else True
             bar = tqdm(batches, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=quiet)
             begin = clock = time.perf_counter()

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data import Batch
+from engine.cuda_graph import ReplayedPass, can_replay
 from engine.device import autocast_dtype
 from engine.guard import FiniteGuard
 from engine.monitor import PartNorms
@@ -21,7 +22,7 @@ from utils.modalities import MODALITIES
 class TrainStep:
     """
     Args:
-        cfg: SOLVER.AMP, ACCUMULATION and GRAD_CLIP are read.
+        cfg: SOLVER.AMP, ACCUMULATION, GRAD_CLIP and what decides about CUDA_GRAPH are read.
         objective: model and loss, see `engine.parallel`.
         guard: updates the weights through optimizer and scaler.
         ema: moving average of the weights, or None.
@@ -40,6 +41,9 @@ class TrainStep:
         self.dtype = autocast_dtype(cfg.SOLVER.AMP, self.device)
         self.parts, self.grad_clip = cfg.SOLVER.ACCUMULATION, cfg.SOLVER.GRAD_CLIP
         self.part_norms = PartNorms(guard.names, self.device)
+        self.differentiate = self._differentiate
+        if can_replay(cfg, self.device):
+            self.differentiate = ReplayedPass(self._differentiate, self.model, objective.loss_fn)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> tuple[dict[str, Tensor], ReIDOutput]:
         """
@@ -49,19 +53,12 @@ class TrainStep:
             step: of the whole run, for what the guard tells.
 
         Returns:
-            Loss, its terms, `acc` and gradient norms as 0-d tensors; and the output of the last micro-batch.
+            Loss, its terms, `acc` and gradient norms as 0-d tensors; and the output of the last micro-batch. Read them
+            before the next step: it may overwrite them.
         """
         guard = self.guard
-        values: dict[str, Tensor] = {}
-        guard.optimizer.zero_grad(set_to_none=True)
         guard.before_forward()
-        for i, part in enumerate(_micro_batches(batch, self.parts), 1):
-            with nullcontext() if i == self.parts else self.objective.no_sync():
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                    loss, terms, output = self.objective(part, epoch)
-                guard.scaler.scale(loss / self.parts).backward()
-            for name, value in {"loss": loss, **terms, "acc": accuracy(output, part.pid)}.items():
-                values[name] = values.get(name, 0) + value.detach() / self.parts
+        values, output = self.differentiate(batch, epoch)
         guard.scaler.unscale_(guard.optimizer)
         norms = guard.gradient_norms()
         if self.grad_clip > 0:
@@ -70,6 +67,19 @@ class TrainStep:
         if self.ema:
             self.ema.update(self.model, step=step)
         return values | self.part_norms(norms), output
+
+    def _differentiate(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
+        """Forward and backward pass: loss, its terms and `acc`, and the output; the gradients are in the parameters."""
+        values: dict[str, Tensor] = {}
+        self.guard.optimizer.zero_grad(set_to_none=True)
+        for i, part in enumerate(_micro_batches(batch, self.parts), 1):
+            with nullcontext() if i == self.parts else self.objective.no_sync():
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                    loss, terms, output = self.objective(part, epoch)
+                self.guard.scaler.scale(loss / self.parts).backward()
+            for name, value in {"loss": loss, **terms, "acc": accuracy(output, part.pid)}.items():
+                values[name] = values.get(name, 0) + value.detach() / self.parts
+        return values, output
 
 
 def _micro_batches(batch: Batch, parts: int) -> list[Batch]:

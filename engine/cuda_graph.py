@@ -1,0 +1,140 @@
+"""Forward and backward pass of a training step as one CUDA graph: one launch in place of hundreds.
+
+The device needs about 32 ms for a step of ViT-B/16, a host 25 to 50 to launch its kernels one by one; replayed, a step
+takes what the device needs, whatever the host.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data import Batch
+from engine.device import autocast_dtype
+from modeling import ReIDModel, ReIDOutput
+from solver.make_loss import ReIDLoss
+from utils.distributed import world_size
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[Batch, int], tuple[dict[str, Tensor], ReIDOutput]]
+"""Batch and epoch -> values and output; leaves the gradients in the parameters' `grad`."""
+
+WARM_UP = 2
+"""Passes before a recording: what is set up only once, such as kernels and workspaces, must be there."""
+
+
+def can_replay(cfg: CfgNode, device: torch.device) -> bool:
+    """Whether training steps are replayed; where SOLVER.CUDA_GRAPH asks for it in vain on a GPU, the log says why."""
+    s = cfg.SOLVER
+    if device.type != "cuda" or not s.CUDA_GRAPH:
+        return False
+    obstacles = {
+        "several ranks": world_size() > 1,
+        "SOLVER.ACCUMULATION": s.ACCUMULATION > 1,
+        "SOLVER.GRAD_CHECKPOINT": s.GRAD_CHECKPOINT,
+        "SOLVER.DETERMINISTIC": s.DETERMINISTIC,
+        "fp16": autocast_dtype(s.AMP, device) is torch.float16,
+    }
+    found = [name for name, there in obstacles.items() if there]
+    if found:
+        log.info("steps are launched kernel by kernel, not replayed as a CUDA graph: %s", ", ".join(found))
+    return not found
+
+
+@dataclass
+class Recording:
+    """A recorded pass, and the tensors that each replay reads and writes."""
+
+    batch: Batch
+    result: tuple[dict[str, Tensor], ReIDOutput]
+    grads: list[Tensor | None]
+    graph: torch.cuda.CUDAGraph
+
+
+class ReplayedPass:
+    """A pass that is recorded after `WARM_UP` calls, and again once batches or the loss's weights are of another kind.
+
+    Everything that hangs on a Python value is fixed in the recording: whatever may change from step to step must be a
+    tensor of the batch or the model. Random numbers are drawn anew in every replay.
+
+    Args:
+        run: the pass. It must not wait for the device.
+        model: whose parameters get the gradients.
+        loss_fn: its weights may change with the epoch.
+    """
+
+    def __init__(self, run: Pass, model: ReIDModel, loss_fn: ReIDLoss):
+        self.run, self.model, self.loss_fn = run, model, loss_fn
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.kind: tuple = ()
+        self.passes = 0
+        self.recording: Recording | None = None
+
+    def __call__(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
+        """As the pass itself; the next call overwrites what this one returns, and the gradients.
+
+        Raises:
+            UserError: the pass cannot be recorded.
+        """
+        if (kind := self._kind(batch, epoch)) != self.kind:
+            self.kind, self.passes, self.recording = kind, 0, None
+        if self.passes < WARM_UP:
+            self.passes += 1
+            return self.run(batch, epoch)
+        if self.recording is None:
+            self.recording = self._record(batch, epoch)
+        recording = self.recording
+        for static, new in zip(_inputs(recording.batch), _inputs(batch), strict=True):
+            static.copy_(new)
+        for parameter, grad in zip(self.parameters, recording.grads, strict=True):
+            parameter.grad = grad
+        recording.graph.replay()
+        return recording.result
+
+    def _kind(self, batch: Batch, epoch: int) -> tuple:
+        """What is fixed in a recording: weights of the loss, shapes and types of the batch."""
+        weights = tuple(self.loss_fn.branch_weight(head, epoch) for head in self.model.heads)
+        return weights, tuple((tensor.shape, tensor.dtype) for tensor in _inputs(batch))
+
+    def _record(self, batch: Batch, epoch: int) -> Recording:
+        static = replace(
+            batch,
+            images={modality: image.clone() for modality, image in batch.images.items()},
+            pid=batch.pid.clone(),
+            camid=batch.camid.clone(),
+            present=None if batch.present is None else batch.present.clone(),
+        )
+        for parameter in self.parameters:
+            parameter.grad = None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads load the next batch meanwhile: only this one's calls are recorded and restricted.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self.run(static, epoch)
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"A training step cannot be recorded as a CUDA graph: {_first_cause(error)}. Set SOLVER.CUDA_GRAPH "
+                "False to train without it, or keep what waits for the device (.item(), .cpu(), a condition on a "
+                "tensor) out of model and loss."
+            ) from error
+        return Recording(static, result, [p.grad for p in self.parameters], graph)
+
+
+def _inputs(batch: Batch) -> list[Tensor]:
+    """What of a batch a pass reads."""
+    present = [] if batch.present is None else [batch.present]
+    return [*batch.images.values(), batch.pid, batch.camid, *present]
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what went wrong first: a recording that fails fails once more as it is closed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

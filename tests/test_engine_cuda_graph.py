@@ -1,0 +1,197 @@
+"""Replayed steps against steps as they are; a stand-in for CUDA's graphs runs the recorded pass on the CPU."""
+
+import copy
+import logging
+from contextlib import contextmanager
+from typing import ClassVar
+
+import pytest
+import torch
+
+import engine.cuda_graph
+from data import Batch
+from engine.cuda_graph import WARM_UP, ReplayedPass, can_replay
+from engine.guard import FiniteGuard
+from engine.parallel import Objective
+from engine.step import TrainStep
+from modeling import make_model
+from solver import make_loss, make_optimizer
+from utils.errors import UserError
+from utils.modalities import MODALITIES
+
+
+class FakeGraph:
+    """Recording runs the pass without effect, as on a device; a replay runs it on the recorded tensors and overwrites
+    what the recording returned."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self):
+        self.replays, self.call = 0, None
+        FakeGraph.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        run, batch, epoch, (values, output), parameters, grads = self.call
+        new_values, new_output = run(batch, epoch)
+        for name, value in new_values.items():
+            values[name].copy_(value)
+        for name, logits in new_output.logits.items():
+            output.logits[name].copy_(logits)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            assert (parameter.grad is None) == (grad is None)
+            if grad is not None:
+                grad.copy_(parameter.grad)
+            parameter.grad = grad
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """Lets `TrainStep` replay on the CPU; the list of graphs made."""
+    FakeGraph.made = []
+
+    @contextmanager
+    def recording(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        model = step.model
+        before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        yield
+        model.load_state_dict(before)
+        torch.set_rng_state(random)
+
+    class Watched(ReplayedPass):
+        def __init__(self, run, model, loss_fn):
+            nonlocal step
+            step = self
+            super().__init__(run, model, loss_fn)
+
+        def _record(self, batch, epoch):
+            recorded = super()._record(batch, epoch)
+            recorded.graph.call = (
+                self.run,
+                recorded.batch,
+                epoch,
+                recorded.result,
+                self.parameters,
+                recorded.grads,
+            )
+            return recorded
+
+    step = None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(engine.step, "ReplayedPass", Watched)
+    monkeypatch.setattr(engine.step, "can_replay", lambda cfg, device: cfg.SOLVER.CUDA_GRAPH)
+    return FakeGraph.made
+
+
+def make_batch(seed, size=8, present=False):
+    generator = torch.Generator().manual_seed(seed)
+    images = {m: torch.randn(size, 3, 64, 32, generator=generator) for m in MODALITIES}
+    pid = torch.randperm(6, generator=generator)[: size // 2].repeat_interleave(2)
+    there = torch.rand(size, 3, generator=generator) < 0.7
+    there[:, 0] = True
+    camid = torch.randint(2, (size,), generator=generator)
+    return Batch(images, pid, camid, torch.full_like(pid, -1), pid, [""] * size, there if present else None)
+
+
+def train(cfg, batches, epochs):
+    """Values of every step, and the weights and statistics in the end."""
+    torch.manual_seed(0)
+    model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
+    guard = FiniteGuard(model, make_optimizer(cfg, model), torch.amp.GradScaler("cpu", enabled=False))
+    step = TrainStep(cfg, Objective(model, make_loss(cfg, 6)), guard)
+    model.train()
+    told = []
+    for i, (batch, epoch) in enumerate(zip(batches, epochs, strict=True)):
+        values, output = step(batch, epoch, i)
+        told.append({k: v.item() for k, v in values.items()} | {k: v.clone() for k, v in output.logits.items()})
+    return told, model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("opts", "present", "epochs", "graphs"),
+    [
+        ((), False, [1] * 6, 1),
+        (("MODEL.DROP_PATH", "0.2", "MODEL.SDTPS_USE_GUMBEL", "True"), False, [1] * 6, 1),
+        (("SOLVER.GRAD_CLIP", "0.5", "MODEL.SDTPS_CHOICE", "random"), True, [1] * 6, 1),
+        # SDTPS's losses have no weight, then half of it, then all of it: three recordings
+        (("MODEL.SDTPS_WARMUP_EPOCHS", "2", "SOLVER.MAX_EPOCHS", "5"), False, [2] * 4 + [3] * 4 + [4] * 4 + [5] * 2, 3),
+    ],
+)
+def test_replayed_steps_are_those_that_are_not_replayed(tiny_cfg, fake_graphs, opts, present, epochs, graphs):
+    batches = [make_batch(i, present=present) for i in range(len(epochs))]
+    plain, expected = train(tiny_cfg(*opts, "SOLVER.CUDA_GRAPH", "False"), batches, epochs)
+    assert not fake_graphs
+    told, weights = train(tiny_cfg(*opts), batches, epochs)
+    assert len(fake_graphs) == graphs
+    assert sum(graph.replays for graph in fake_graphs) == len(epochs) - graphs * WARM_UP
+    for a, b in zip(plain, told, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(torch.as_tensor(b[name]), torch.as_tensor(a[name]), rtol=1e-5, atol=1e-6)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_another_size_is_recorded_anew(tiny_cfg, fake_graphs):
+    sizes = [8, 8, 8, 4, 4, 4, 4]
+    batches = [make_batch(i, size) for i, size in enumerate(sizes)]
+    plain, _ = train(tiny_cfg("SOLVER.CUDA_GRAPH", "False"), batches, [1] * 7)
+    told, _ = train(tiny_cfg(), batches, [1] * 7)
+    assert [graph.replays for graph in fake_graphs] == [1, 2]
+    assert [step["loss"] for step in told] == pytest.approx([step["loss"] for step in plain], rel=1e-5)
+
+
+def test_what_cannot_be_recorded_is_told_with_the_key_that_helps(tiny_cfg, monkeypatch):
+    class Graph:
+        pass
+
+    @contextmanager
+    def recording(graph, capture_error_mode):
+        try:
+            yield
+        finally:  # as torch does it: the recording that was spoilt fails once more as it ends
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits(batch, epoch):
+        raise RuntimeError("operation not permitted when stream is capturing\nSearch for …")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    cfg = tiny_cfg()
+    model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
+    replayed = ReplayedPass(waits, model, make_loss(cfg, 6))
+    replayed.run = lambda batch, epoch: ({}, None)
+    for _ in range(WARM_UP):
+        replayed(make_batch(0), 1)
+    replayed.run = waits
+    with pytest.raises(UserError, match=r"not permitted when stream is capturing\. Set SOLVER\.CUDA_GRAPH False"):
+        replayed(make_batch(0), 1)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("opts", "told"),
+    [
+        (("SOLVER.ACCUMULATION", "2"), "SOLVER.ACCUMULATION"),
+        (("SOLVER.GRAD_CHECKPOINT", "True"), "SOLVER.GRAD_CHECKPOINT"),
+        (("SOLVER.DETERMINISTIC", "True"), "SOLVER.DETERMINISTIC"),
+        (("SOLVER.AMP", "fp16"), "fp16"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_recording_is_told(tiny_cfg, caplog, monkeypatch, opts, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    with caplog.at_level(logging.INFO, "engine.cuda_graph"):
+        assert not can_replay(tiny_cfg(*opts), CUDA)
+    assert caplog.messages and caplog.messages[-1].endswith(told)
+
+
+def test_steps_are_replayed_on_cuda_alone_and_only_where_asked_for(tiny_cfg, caplog):
+    with caplog.at_level(logging.INFO, "engine.cuda_graph"):
+        assert can_replay(tiny_cfg("SOLVER.AMP", "bf16"), CUDA)
+        assert not can_replay(tiny_cfg("SOLVER.AMP", "bf16"), torch.device("cpu"))
+        assert not can_replay(tiny_cfg("SOLVER.AMP", "bf16", "SOLVER.CUDA_GRAPH", "False"), CUDA)
+    assert not caplog.messages
