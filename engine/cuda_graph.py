@@ -76,7 +76,7 @@ class ReplayedPass:
         self.recording: Recording | None = None
 
     def __call__(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
-        """As the pass itself; the next call overwrites what this one returns, and the gradients.
+        """As the pass itself; the next call overwrites the output, and the gradients.
 
         Raises:
             UserError: the pass cannot be recorded.
@@ -94,7 +94,8 @@ class ReplayedPass:
         for parameter, grad in zip(self.parameters, recording.grads, strict=True):
             parameter.grad = grad
         recording.graph.replay()
-        return recording.result
+        values, output = recording.result
+        return {name: value.clone() for name, value in values.items()}, output
 
     def _kind(self, batch: Batch, epoch: int) -> tuple:
         """What is fixed in a recording: weights of the loss, shapes and types of the batch."""

@@ -53,8 +53,8 @@ class TrainStep:
             step: of the whole run, for what the guard tells.
 
         Returns:
-            Loss, its terms, `acc` and gradient norms as 0-d tensors; and the output of the last micro-batch. Read them
-            before the next step: it may overwrite them.
+            Loss, its terms, `acc` and gradient norms as 0-d tensors; and the output of the last micro-batch. Read
+            the output before the next step, which may overwrite it.
         """
         guard = self.guard
         guard.before_forward()
