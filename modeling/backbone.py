@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import use_tiled_attention
+from modeling.fused_blocks import can_fuse, run_blocks
 from modeling.regions import region
 from utils.errors import UserError
 
@@ -110,7 +110,6 @@ class Backbone(nn.Module):
         self.vit.attn_pool = None  # a pooling head of some ViTs: the class token is the global here
         use_drop_path(self.vit)
         use_recomputed_activation(self.vit)
-        use_tiled_attention(self.vit.blocks, self.vit.num_prefix_tokens + self.num_patches)
 
         self.width = self.embed_dim = self.vit.embed_dim
         self.proj: nn.Module = nn.Identity()
@@ -157,15 +156,18 @@ class Backbone(nn.Module):
         return self._embed(x, camid)
 
     def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int) -> Tensor:
-        """Blocks first to last - 1, in groups of equal size so that few are compiled, (B, L, W) -> (B, L, W)."""
+        """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, or in groups of equal size so that few compile."""
         blocks = tuple(self.vit.blocks)
-        size = 1 if self.grad_checkpointing else group_size(self.split_after, len(blocks))
+        fused = can_fuse(blocks, tokens)
+        size = last - first if fused else group_size(self.split_after, len(blocks))
+        size = 1 if self.grad_checkpointing else size
         for i in range(first, last, size):
-            args = (blocks[i : i + size], tokens, ropes[i : i + size])
+            group = blocks[i : i + size]
+            run, args = (run_blocks, ()) if fused else (self._transform, (ropes[i : i + len(group)],))
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(self._transform, *args, use_reentrant=False)
+                tokens = checkpoint(run, group, tokens, *args, use_reentrant=False)
             else:
-                tokens = self._transform(*args)
+                tokens = run(group, tokens, *args)
         return tokens
 
     @region
@@ -213,12 +215,11 @@ class Backbone(nn.Module):
         camera = self.cam_embed.mean(dim=0, keepdim=True) if camid is None else self.cam_embed[camid]
         return torch.cat([tokens[:, :1] + self.sie_coe * camera.unsqueeze(1), tokens[:, 1:]], dim=1)
 
-    def split(self, after: int, remaining: int) -> None:
-        """Lets `begin` stop behind a block and `end` go on with fewer tokens.
+    def split(self, after: int) -> None:
+        """Lets `begin` stop behind a block and `end` go on.
 
         Args:
             after: blocks in `begin`, 1 to one less than there are.
-            remaining: tokens in `end` besides the prefix ones.
 
         Raises:
             UserError: there is no such place, or the ViT has rotary positions, which belong to the whole grid.
@@ -235,7 +236,6 @@ class Backbone(nn.Module):
                 "whole grid: set it to 0, or choose a ViT with a position embedding, such as ViT-B-16."
             )
         self.split_after = after
-        use_tiled_attention(self.vit.blocks[after:], self.vit.num_prefix_tokens + remaining)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only the input of each block and compute the rest again in the backward pass."""
@@ -278,6 +278,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
+        self.rate = rate
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class ReIDModel(nn.Module):
             if sdtps_aux_head:
                 self.heads["sdtps_aux"] = BNNeck(len(MODALITIES) * width, num_classes)
             if sdtps_after_block:
-                backbone.split(sdtps_after_block, sdtps.num_kept + (sdtps.num_kept < sdtps.num_patches))
+                backbone.split(sdtps_after_block)
         self.train()
 
     def train(self, mode: bool = True) -> "ReIDModel":

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from modeling import make_model
-from modeling.attention import TiledAttention
 from modeling.backbone import Backbone, group_size
 from utils.errors import UserError
 from utils.modalities import MODALITIES
@@ -107,22 +106,12 @@ def test_a_block_that_is_not_there_is_told(tiny_cfg, block):
 def test_rotary_positions_are_told():
     backbone = Backbone("vit_small_patch16_dinov3", img_size=(64, 32), depth=2)
     with pytest.raises(UserError, match="rotary positions"):
-        backbone.split(1, 5)
+        backbone.split(1)
 
 
 def test_the_reduced_global_is_refused(tiny_cfg):
     with pytest.raises(UserError, match="SDTPS_AFTER_BLOCK"):
         tiny_cfg("MODEL.SDTPS_AFTER_BLOCK", "1", "MODEL.SDTPS_GLOBAL", "reduced", "MODEL.GLOBAL_LOCAL", "True")
-
-
-def test_both_parts_attend_through_the_kernels_where_they_fit():
-    pytest.importorskip("triton")
-    backbone = Backbone("vit_tiny_patch16_224", img_size=(256, 128), depth=3)
-    backbone.split(1, 65)
-    assert [block.attn.num_prefix for block in backbone.vit.blocks] == [1, 2, 2]
-    backbone.split(2, 91)
-    fits = [isinstance(block.attn, TiledAttention) for block in backbone.vit.blocks]
-    assert fits == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -10,53 +10,28 @@ that nothing is copied.
 Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of torch without CUDA come without it
-    triton = None
+from modeling.kernels import tl, triton
 
 PATCHES = (32, 64, 128)
 HEAD_DIMS = (16, 32, 64)
 MAX_PREFIX = 16
+QUERIES = 64
+"""Queries that the forward pass takes at a time."""
+REGISTERS = 168
+"""Registers a thread of it, so that three programs share a multiprocessor."""
+FETCHING_AHEAD = 190_000
+"""Bytes of a multiprocessor's shared memory that the backward pass needs to fetch ahead, as an H100 has."""
 
 
-class TiledAttention(Attention):
-    """timm's Attention, which half-precision input on CUDA passes through the kernels of this file."""
-
-    num_prefix: int
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        half = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != torch.float32
-        if not (x.is_cuda and half) or attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return self.proj_drop(self.proj(tiled_attention(self.qkv(x), self.num_heads, self.num_prefix)))
-
-
-def use_tiled_attention(blocks: Sequence[Any], num_tokens: int) -> None:
-    """Lets blocks of a timm ViT attend over that many tokens through the kernels, where there are some for the shape;
-    the tokens beyond the power of two count as prefix."""
-    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
-    num_prefix = next((num_tokens - n for n in PATCHES if 1 <= num_tokens - n <= MAX_PREFIX), 0)
-    fits = triton is not None and num_prefix > 0
-    if not all(type(a) in (Attention, TiledAttention) and a.head_dim in HEAD_DIMS and _is_plain(a) for a in attentions):
-        return
-    for attention in attentions:
-        attention.__class__ = TiledAttention if fits else Attention
-        attention.num_prefix = num_prefix
-
-
-def _is_plain(attention: Attention) -> bool:
-    """Whether there is nothing between the projections but softmax(q k / sqrt(D)) v."""
-    extras = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None), getattr(attention, "gate", None))
-    return attention.attn_drop.p == 0 and all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
+def prefix_for(num_tokens: int, head_dim: int) -> int:
+    """How many of the tokens count as prefix, those beyond a power of two; 0 where no kernel fits."""
+    fitting = (num_tokens - patches for patches in PATCHES if 1 <= num_tokens - patches <= MAX_PREFIX)
+    return next(fitting, 0) if head_dim in HEAD_DIMS else 0
 
 
 def tiled_attention(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
@@ -76,7 +51,9 @@ def tiled_attention(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
 @torch.library.custom_op("tiled_attention::attend", mutates_args=(), device_types="cuda")
 def _attend(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-    _attend_kernel[(num_heads, len(qkv))](qkv.contiguous(), out, **_sizes(qkv, num_heads, num_prefix), num_warps=4)
+    sizes = _sizes(qkv, num_heads, num_prefix)
+    options = {"R": min(QUERIES, sizes["N"]), "num_warps": 4, "maxnreg": REGISTERS}
+    _attend_kernel[(num_heads, len(qkv))](qkv.contiguous(), out, **sizes, **options)
     return out
 
 
@@ -85,7 +62,13 @@ def _differentiate(qkv: Tensor, grad_out: Tensor, num_heads: int, num_prefix: in
     """Gradient of the joint projection (B, P + N, 3 * H * D)."""
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     sizes = _sizes(qkv, num_heads, num_prefix)
-    _gradient_kernel[(num_heads, len(qkv))](qkv.contiguous(), grad_out.contiguous(), grad, **sizes, num_warps=8)
+    tasks = len(qkv) * num_heads
+    card = torch.cuda.get_device_properties(qkv.device)
+    stays = card.shared_memory_per_block_optin >= FETCHING_AHEAD
+    programs, ahead = (min(tasks, card.multi_processor_count), 3) if stays else (tasks, 1)
+    _gradient_kernel[(programs,)](
+        qkv.contiguous(), grad_out.contiguous(), grad, tasks, **sizes, AHEAD=ahead, num_warps=8
+    )
     return grad
 
 
@@ -122,17 +105,26 @@ if triton is not None:
     PREFIX = tl.constexpr(MAX_PREFIX)
 
     @triton.jit
-    def _load(x, first, count, R: tl.constexpr, D: tl.constexpr, stride):
-        """Rows first .. first + count, zeros below, (R, D)."""
-        r = tl.arange(0, R)
-        places = (first + r)[:, None] * stride + tl.arange(0, D)[None, :]
-        return tl.load(x + places, mask=(r < count)[:, None], other=0.0)
+    def _load(x, first, R: tl.constexpr, D: tl.constexpr, stride):
+        """Rows first .. first + R, (R, D)."""
+        return tl.load(x + (first + tl.arange(0, R))[:, None] * stride + tl.arange(0, D)[None, :])
 
     @triton.jit
-    def _store(x, value, first, count, R: tl.constexpr, D: tl.constexpr, stride):
-        r = tl.arange(0, R)
-        places = (first + r)[:, None] * stride + tl.arange(0, D)[None, :]
-        tl.store(x + places, value.to(x.dtype.element_ty), mask=(r < count)[:, None])
+    def _load_prefix(x, P: tl.constexpr, D: tl.constexpr, stride):
+        """The first P rows, zeros below, (16, D)."""
+        r = tl.arange(0, PREFIX)
+        return tl.load(x + r[:, None] * stride + tl.arange(0, D)[None, :], mask=(r < P)[:, None], other=0.0)
+
+    @triton.jit
+    def _store(x, value, first, R: tl.constexpr, D: tl.constexpr, stride):
+        places = (first + tl.arange(0, R))[:, None] * stride + tl.arange(0, D)[None, :]
+        tl.store(x + places, value.to(x.dtype.element_ty))
+
+    @triton.jit
+    def _store_prefix(x, value, P: tl.constexpr, D: tl.constexpr, stride):
+        r = tl.arange(0, PREFIX)
+        places = r[:, None] * stride + tl.arange(0, D)[None, :]
+        tl.store(x + places, value.to(x.dtype.element_ty), mask=(r < P)[:, None])
 
     @triton.jit
     def _exponentials(q, k, k_prefix, scale, P: tl.constexpr):
@@ -151,17 +143,22 @@ if triton is not None:
         return out / total[:, None]
 
     @triton.jit
-    def _attend_kernel(qkv, out, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+    def _attend_kernel(
+        qkv, out, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr
+    ):
+        """One image and head a program, R of its queries at a time."""
         h, b = tl.program_id(0), tl.program_id(1)
         T: tl.constexpr = 3 * H * D
         q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
         k_at, v_at = q_at + H * D, q_at + 2 * H * D
         to = out + (b * (P + N)).to(tl.int64) * H * D + h * D
-        k, k_prefix = _load(k_at, P, N, N, D, T), _load(k_at, 0, P, PREFIX, D, T)
-        v, v_prefix = _load(v_at, P, N, N, D, T), _load(v_at, 0, P, PREFIX, D, T)
-        q, q_prefix = _load(q_at, P, N, N, D, T), _load(q_at, 0, P, PREFIX, D, T)
-        _store(to, _output(q, k, v, k_prefix, v_prefix, scale, P), P, N, N, D, H * D)
-        _store(to, _output(q_prefix, k, v, k_prefix, v_prefix, scale, P), 0, P, PREFIX, D, H * D)
+        k, k_prefix = _load(k_at, P, N, D, T), _load_prefix(k_at, P, D, T)
+        v, v_prefix = _load(v_at, P, N, D, T), _load_prefix(v_at, P, D, T)
+        for first in tl.range(P, P + N, R, num_stages=1):
+            q = _load(q_at, first, R, D, T)
+            _store(to, _output(q, k, v, k_prefix, v_prefix, scale, P), first, R, D, H * D)
+        q_prefix = _load_prefix(q_at, P, D, T)
+        _store_prefix(to, _output(q_prefix, k, v, k_prefix, v_prefix, scale, P), P, D, H * D)
 
     @triton.jit
     def _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P: tl.constexpr):
@@ -176,25 +173,36 @@ if triton is not None:
 
     @triton.jit
     def _gradient_kernel(
-        qkv, grad_out, grad, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr
+        qkv,
+        grad_out,
+        grad,
+        tasks,
+        scale,
+        P: tl.constexpr,
+        N: tl.constexpr,
+        H: tl.constexpr,
+        D: tl.constexpr,
+        AHEAD: tl.constexpr,
     ):
-        h, b = tl.program_id(0), tl.program_id(1)
+        """One image and head after the other a program; the next ones are fetched while it computes, AHEAD - 1 deep."""
         T: tl.constexpr = 3 * H * D
-        q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
-        k_at, v_at = q_at + H * D, q_at + 2 * H * D
-        g_at = grad_out + (b * (P + N)).to(tl.int64) * H * D + h * D
-        q_to = grad + (b * (P + N)).to(tl.int64) * T + h * D
-        k_to, v_to = q_to + H * D, q_to + 2 * H * D
-        k, k_prefix = _load(k_at, P, N, N, D, T), _load(k_at, 0, P, PREFIX, D, T)
-        v, v_prefix = _load(v_at, P, N, N, D, T), _load(v_at, 0, P, PREFIX, D, T)
-        q, q_prefix = _load(q_at, P, N, N, D, T), _load(q_at, 0, P, PREFIX, D, T)
-        g, g_prefix = _load(g_at, P, N, N, D, H * D), _load(g_at, 0, P, PREFIX, D, H * D)
-        # p, s: attention and slope; of the patches' queries to patches and prefix, then of the prefix's to both
-        p, pp, s, sp = _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P)
-        r, rp, t, tp = _weights_and_slopes(q_prefix, g_prefix, k, v, k_prefix, v_prefix, scale, P)
-        _store(v_to, tl.dot(tl.trans(p), g) + tl.dot(tl.trans(r), g_prefix), P, N, N, D, T)
-        _store(v_to, tl.dot(tl.trans(pp), g) + tl.dot(tl.trans(rp), g_prefix), 0, P, PREFIX, D, T)
-        _store(q_to, tl.dot(s, k) + tl.dot(sp, k_prefix), P, N, N, D, T)
-        _store(q_to, tl.dot(t, k) + tl.dot(tp, k_prefix), 0, P, PREFIX, D, T)
-        _store(k_to, tl.dot(tl.trans(s), q) + tl.dot(tl.trans(t), q_prefix), P, N, N, D, T)
-        _store(k_to, tl.dot(tl.trans(sp), q) + tl.dot(tl.trans(tp), q_prefix), 0, P, PREFIX, D, T)
+        for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0), num_stages=AHEAD):
+            h, first = task % H, tl.full((), task // H, tl.int64) * (P + N)
+            q_at = qkv + first * T + h * D
+            k_at, v_at = q_at + H * D, q_at + 2 * H * D
+            g_at = grad_out + first * H * D + h * D
+            q_to = grad + first * T + h * D
+            k_to, v_to = q_to + H * D, q_to + 2 * H * D
+            k, v = _load(k_at, P, N, D, T), _load(v_at, P, N, D, T)
+            q, g = _load(q_at, P, N, D, T), _load(g_at, P, N, D, H * D)
+            k_prefix, v_prefix = _load_prefix(k_at, P, D, T), _load_prefix(v_at, P, D, T)
+            q_prefix, g_prefix = _load_prefix(q_at, P, D, T), _load_prefix(g_at, P, D, H * D)
+            # p, s: attention and slope; of the patches' queries to patches and prefix, then of the prefix's to both
+            p, pp, s, sp = _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P)
+            r, rp, t, tp = _weights_and_slopes(q_prefix, g_prefix, k, v, k_prefix, v_prefix, scale, P)
+            _store(v_to, tl.dot(tl.trans(p), g) + tl.dot(tl.trans(r), g_prefix), P, N, D, T)
+            _store_prefix(v_to, tl.dot(tl.trans(pp), g) + tl.dot(tl.trans(rp), g_prefix), P, D, T)
+            _store(q_to, tl.dot(s, k) + tl.dot(sp, k_prefix), P, N, D, T)
+            _store_prefix(q_to, tl.dot(t, k) + tl.dot(tp, k_prefix), P, D, T)
+            _store(k_to, tl.dot(tl.trans(s), q) + tl.dot(tl.trans(t), q_prefix), P, N, D, T)
+            _store_prefix(k_to, tl.dot(tl.trans(sp), q) + tl.dot(tl.trans(tp), q_prefix), P, D, T)

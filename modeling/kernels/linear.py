@@ -1,0 +1,71 @@
+# mypy: disable-error-code="no-untyped-def"
+"""A linear layer in half precision, whose gradients arrive in the type of its float32 weights.
+
+Shape letters: M rows, V columns in, W columns out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.kernels import tl, triton
+
+ROWS, COLUMNS, CHUNK = 128, 512, 4
+"""Rows and columns that a program sums up, and the rows that it takes at a time."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, in the type of x: (..., V), (W, V), (W,) -> (..., W)."""
+    return _Linear.apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias):  # type: ignore[override]
+        rows, w = x.flatten(0, -2), weight.to(x.dtype)
+        out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
+        ctx.save_for_backward(rows, w)
+        ctx.dtype = weight.dtype
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        rows, w = ctx.saved_tensors
+        g = grad.flatten(0, -2).contiguous()
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            (g @ w).unflatten(0, grad.shape[:-1]) if of_x else None,
+            weight_gradient(g, rows, ctx.dtype) if of_weight else None,
+            column_sums(g) if of_bias else None,
+        )
+
+
+def weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_out.T @ x in another type, without rounding to that of the factors first where torch can do so."""
+    if x.is_cuda and dtype is torch.float32 and x.dtype != dtype and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.ops.aten.mm.dtype(grad_out.T, x, dtype)
+    return (grad_out.T @ x).to(dtype)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """(M, W) -> (W,) float32."""
+    programs = triton.cdiv(len(x), ROWS)
+    sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
+    grid = (triton.cdiv(x.shape[1], COLUMNS), programs)
+    _sum_kernel[grid](x, sums, len(x), W=x.shape[1], R=CHUNK, C=COLUMNS, ROWS=ROWS)
+    return sums.sum(0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _sum_kernel(x, sums, M, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+        columns = tl.program_id(0) * C + tl.arange(0, C)
+        total = tl.zeros((R, C), tl.float32)
+        for first in tl.range(tl.program_id(1) * ROWS, (tl.program_id(1) + 1) * ROWS, R):
+            rows = first + tl.arange(0, R)
+            at = rows[:, None].to(tl.int64) * W + columns[None, :]
+            inside = (rows < M)[:, None] & (columns < W)[None, :]
+            total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + tl.program_id(1) * W + columns, tl.sum(total, axis=0), mask=columns < W)
