@@ -96,8 +96,18 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        hidden, bias, grad_out, grad_hidden, out, sums, M, W: tl.constexpr, QUICK: tl.constexpr,
-        R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+        hidden,
+        bias,
+        grad_out,
+        grad_hidden,
+        out,
+        sums,
+        M,
+        W: tl.constexpr,
+        QUICK: tl.constexpr,
+        R: tl.constexpr,
+        C: tl.constexpr,
+        ROWS: tl.constexpr,
     ):
         columns = tl.program_id(0) * C + tl.arange(0, C)
         b = tl.load(bias + columns, mask=columns < W, other=0.0)

@@ -193,16 +193,25 @@ if triton is not None:
             g_at = grad_out + first * H * D + h * D
             q_to = grad + first * T + h * D
             k_to, v_to = q_to + H * D, q_to + 2 * H * D
-            k, v = _load(k_at, P, N, D, T), _load(v_at, P, N, D, T)
-            q, g = _load(q_at, P, N, D, T), _load(g_at, P, N, D, H * D)
+            k, v, q, g = (
+                _load(k_at, P, N, D, T),
+                _load(v_at, P, N, D, T),
+                _load(q_at, P, N, D, T),
+                _load(g_at, P, N, D, H * D),
+            )
             k_prefix, v_prefix = _load_prefix(k_at, P, D, T), _load_prefix(v_at, P, D, T)
             q_prefix, g_prefix = _load_prefix(q_at, P, D, T), _load_prefix(g_at, P, D, H * D)
             # p, s: attention and slope; of the patches' queries to patches and prefix, then of the prefix's to both
             p, pp, s, sp = _weights_and_slopes(q, g, k, v, k_prefix, v_prefix, scale, P)
             r, rp, t, tp = _weights_and_slopes(q_prefix, g_prefix, k, v, k_prefix, v_prefix, scale, P)
-            _store(v_to, tl.dot(tl.trans(p), g) + tl.dot(tl.trans(r), g_prefix), P, N, D, T)
-            _store_prefix(v_to, tl.dot(tl.trans(pp), g) + tl.dot(tl.trans(rp), g_prefix), P, D, T)
-            _store(q_to, tl.dot(s, k) + tl.dot(sp, k_prefix), P, N, D, T)
-            _store_prefix(q_to, tl.dot(t, k) + tl.dot(tp, k_prefix), P, D, T)
-            _store(k_to, tl.dot(tl.trans(s), q) + tl.dot(tl.trans(t), q_prefix), P, N, D, T)
-            _store_prefix(k_to, tl.dot(tl.trans(sp), q) + tl.dot(tl.trans(tp), q_prefix), P, D, T)
+            dv = tl.dot(tl.trans(p), g) + tl.dot(tl.trans(r), g_prefix)
+            dvp = tl.dot(tl.trans(pp), g) + tl.dot(tl.trans(rp), g_prefix)
+            _store(v_to, dv, P, N, D, T)
+            _store_prefix(v_to, dvp, P, D, T)
+            dq, dqp = tl.dot(s, k) + tl.dot(sp, k_prefix), tl.dot(t, k) + tl.dot(tp, k_prefix)
+            _store(q_to, dq, P, N, D, T)
+            _store_prefix(q_to, dqp, P, D, T)
+            dk = tl.dot(tl.trans(s), q) + tl.dot(tl.trans(t), q_prefix)
+            dkp = tl.dot(tl.trans(sp), q) + tl.dot(tl.trans(tp), q_prefix)
+            _store(k_to, dk, P, N, D, T)
+            _store_prefix(k_to, dkp, P, D, T)
