@@ -204,7 +204,8 @@ KEYS: dict[str, dict[str, Key]] = {
         ),
         "COMPILE": Key(
             "auto",
-            "torch.compile, region by region; auto: on CUDA, unless DETERMINISTIC",
+            "torch.compile, region by region; auto: on CUDA where the run is long enough for it to pay, unless "
+            "DETERMINISTIC",
             choices=("auto", "on", "off"),
             also={True: "on", False: "off"},
         ),

@@ -9,20 +9,25 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from engine.cuda_graph import obstacles
 from modeling import ReIDModel
+from modeling.fused_blocks import can_fuse
 from modeling.regions import compile_regions
 from solver.make_loss import ReIDLoss
 from utils.modalities import MODALITIES
 
 log = logging.getLogger(__name__)
 
+TRAINING_PAYS = 800_000
+"""Triples to train on in a run for which compiling takes as long as it saves where the blocks are fused and the steps
+replayed: about 30 s, and 0.04 ms a triple (ViT-B/16 on one H200)."""
 EVALUATION_PAYS = 100_000
 """Triples to evaluate in a run for which compiling the network's evaluation takes as long as it saves: about 10 s for
 its graphs, which are others than those of training, and 0.1 ms a triple (ViT-B/16 on one H200)."""
 
 
 def compile_training(
-    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int
+    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int, triples: float
 ) -> bool:
     """Compiles model and loss for training, as SOLVER.COMPILE says, on a blank batch that leaves no trace.
 
@@ -33,6 +38,7 @@ def compile_training(
         model: on its device.
         dtype: autocast type, None for float32.
         batch_size: triples that pass through the model at once.
+        triples: that this rank trains on in the whole run.
 
     Returns:
         Whether the regions are compiled.
@@ -44,6 +50,12 @@ def compile_training(
     if wanted == "auto" and cfg.SOLVER.DETERMINISTIC:
         log.info(
             "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
+        )
+        return False
+    if wanted == "auto" and not pays_in_training(cfg, model, dtype, triples):
+        log.info(
+            "not compiled: that takes longer than it saves in %d triples of training (SOLVER.COMPILE on forces it)",
+            triples,
         )
         return False
     start = time.perf_counter()
@@ -61,6 +73,19 @@ def compile_training(
         return False
     log.info("compiled for training (%.0f s)", time.perf_counter() - start)
     return True
+
+
+def pays_in_training(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None, triples: float) -> bool:
+    """Whether a run trains so much that what compiling saves is more than it takes.
+
+    The whole run counts, also where it is resumed: all its steps compute alike. Where blocks are not fused, or steps
+    are launched one by one, compiling saves some ten times as much and always pays.
+    """
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        fused = can_fuse(model.backbone.vit.blocks, device)
+    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device)
+    return not (fused and replayed) or triples > TRAINING_PAYS
 
 
 def pays_in_evaluation(cfg: CfgNode, triples: int) -> bool:

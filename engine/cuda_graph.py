@@ -30,20 +30,25 @@ WARM_UP = 2
 
 def can_replay(cfg: CfgNode, device: torch.device) -> bool:
     """Whether training steps are replayed; where SOLVER.CUDA_GRAPH asks for it in vain on a GPU, the log says why."""
-    s = cfg.SOLVER
-    if device.type != "cuda" or not s.CUDA_GRAPH:
+    if device.type != "cuda" or not cfg.SOLVER.CUDA_GRAPH:
         return False
-    obstacles = {
+    found = obstacles(cfg, device)
+    if found:
+        log.info("steps are launched kernel by kernel, not replayed as a CUDA graph: %s", ", ".join(found))
+    return not found
+
+
+def obstacles(cfg: CfgNode, device: torch.device) -> list[str]:
+    """What in a config keeps its steps from being replayed."""
+    s = cfg.SOLVER
+    named = {
         "several ranks": world_size() > 1,
         "SOLVER.ACCUMULATION": s.ACCUMULATION > 1,
         "SOLVER.GRAD_CHECKPOINT": s.GRAD_CHECKPOINT,
         "SOLVER.DETERMINISTIC": s.DETERMINISTIC,
         "fp16": autocast_dtype(s.AMP, device) is torch.float16,
     }
-    found = [name for name, there in obstacles.items() if there]
-    if found:
-        log.info("steps are launched kernel by kernel, not replayed as a CUDA graph: %s", ", ".join(found))
-    return not found
+    return [name for name, there in named.items() if there]
 
 
 @dataclass

@@ -158,7 +158,7 @@ class Backbone(nn.Module):
     def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int) -> Tensor:
         """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, or in groups of equal size so that few compile."""
         blocks = tuple(self.vit.blocks)
-        fused = can_fuse(blocks, tokens)
+        fused = can_fuse(blocks, tokens.device)
         size = last - first if fused else group_size(self.split_after, len(blocks))
         size = 1 if self.grad_checkpointing else size
         for i in range(first, last, size):

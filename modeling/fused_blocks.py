@@ -25,9 +25,8 @@ from modeling.kernels.linear import linear
 from modeling.kernels.residual import Branch, add_branch, draw_kept, norm_for
 
 
-def can_fuse(blocks: Sequence[Any], tokens: Tensor) -> bool:
-    """Whether `run_blocks` computes what the blocks do, and is faster: in half precision on a GPU."""
-    device = tokens.device
+def can_fuse(blocks: Sequence[Any], device: torch.device) -> bool:
+    """Whether `run_blocks` computes what the blocks do, and is faster: under half-precision autocast on a GPU."""
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != torch.float32
     return half and kernels_work(device) and all(_is_known(block) for block in blocks)
 

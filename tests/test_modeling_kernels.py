@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from modeling.kernels.attention import prefix_for  # noqa: E402
-from modeling.kernels.residual import draw_kept  # noqa: E402
+from modeling.kernels.attention import prefix_for
+from modeling.kernels.residual import draw_kept
 
 ATTENTION = """
 import torch

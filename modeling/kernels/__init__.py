@@ -2,12 +2,9 @@
 
 import functools
 import logging
-from typing import Any
 
 import torch
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl

@@ -76,9 +76,8 @@ if triton is not None:
         if QUICK:
             s = tl.sigmoid(1.702 * x)
             return x * s, s * (1 + 1.702 * x * (1 - s))
-        else:
-            s = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
-            return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        s = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+        return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
     @triton.jit
     def _forward_kernel(
