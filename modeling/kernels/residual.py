@@ -47,11 +47,10 @@ def draw_kept(batch_size: int, rates: list[float], device: torch.device) -> list
         rates: of each branch, the share of images that skip it, rounded to whole images; one at least stays.
     """
     counts = [max(1, batch_size - round(rate * batch_size)) for rate in rates]
-    if min(counts) == batch_size:
-        orders = torch.arange(batch_size, device=device, dtype=torch.int32).expand(len(counts), -1)
-    else:
-        orders = torch.rand(len(counts), batch_size, device=device).argsort(dim=1).int()
-    return [Kept(order, count) for order, count in zip(orders, counts, strict=True)]
+    whole = torch.arange(batch_size, device=device, dtype=torch.int32)
+    partial = sum(count < batch_size for count in counts)
+    orders = iter(torch.rand(partial, batch_size, device=device).argsort(dim=1).int()) if partial else iter(())
+    return [Kept(next(orders) if count < batch_size else whole, count) for count in counts]
 
 
 @dataclass(frozen=True)
