@@ -202,10 +202,15 @@ KEYS: dict[str, dict[str, Key]] = {
             "arithmetic; auto: bf16 from Ampere on, fp16 on older CUDA cards, float32 elsewhere",
             choices=("auto", "bf16", "fp16", "float32"),
         ),
+        "FUSED_BLOCKS": Key(
+            True,
+            "on CUDA in half precision, compute what lies between the matrix products of a plain ViT by this project's "
+            "own kernels: faster, in less memory; not with DETERMINISTIC",
+        ),
         "COMPILE": Key(
             "auto",
-            "torch.compile, region by region; auto: on CUDA where the run is long enough for it to pay, unless "
-            "DETERMINISTIC",
+            "torch.compile, region by region; auto: on CUDA, unless DETERMINISTIC, or blocks are fused and steps "
+            "replayed, so that it would take longer than it saves",
             choices=("auto", "on", "off"),
             also={True: "on", False: "off"},
         ),

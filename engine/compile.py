@@ -11,23 +11,19 @@ from yacs.config import CfgNode
 
 from engine.cuda_graph import obstacles
 from modeling import ReIDModel
-from modeling.fused_blocks import can_fuse
 from modeling.regions import compile_regions
 from solver.make_loss import ReIDLoss
 from utils.modalities import MODALITIES
 
 log = logging.getLogger(__name__)
 
-TRAINING_PAYS = 800_000
-"""Triples to train on in a run for which compiling takes as long as it saves where the blocks are fused and the steps
-replayed: about 30 s, and 0.04 ms a triple (ViT-B/16 on one H200)."""
 EVALUATION_PAYS = 100_000
 """Triples to evaluate in a run for which compiling the network's evaluation takes as long as it saves: about 10 s for
 its graphs, which are others than those of training, and 0.1 ms a triple (ViT-B/16 on one H200)."""
 
 
 def compile_training(
-    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int, triples: float
+    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int
 ) -> bool:
     """Compiles model and loss for training, as SOLVER.COMPILE says, on a blank batch that leaves no trace.
 
@@ -38,7 +34,6 @@ def compile_training(
         model: on its device.
         dtype: autocast type, None for float32.
         batch_size: triples that pass through the model at once.
-        triples: that this rank trains on in the whole run.
 
     Returns:
         Whether the regions are compiled.
@@ -52,11 +47,8 @@ def compile_training(
             "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
         )
         return False
-    if wanted == "auto" and not pays_in_training(cfg, model, dtype, triples):
-        log.info(
-            "not compiled: that takes longer than it saves in %d triples of training (SOLVER.COMPILE on forces it)",
-            triples,
-        )
+    if wanted == "auto" and not pays_in_training(cfg, model, dtype):
+        log.info("not compiled: the fused blocks leave little to gain by it (SOLVER.COMPILE on forces it)")
         return False
     start = time.perf_counter()
     # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
@@ -75,17 +67,16 @@ def compile_training(
     return True
 
 
-def pays_in_training(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None, triples: float) -> bool:
-    """Whether a run trains so much that what compiling saves is more than it takes.
+def pays_in_training(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None) -> bool:
+    """Whether compiling saves more than it takes in runs of usual length.
 
-    The whole run counts, also where it is resumed: all its steps compute alike. Where blocks are not fused, or steps
-    are launched one by one, compiling saves some ten times as much and always pays.
+    Where blocks are fused and steps replayed it takes some 30 s at the start and saves 0.02 ms a triple: only more than
+    a million of them would pay (ViT-B/16 on one H200).
     """
-    device = next(model.parameters()).device
+    backbone, device = model.backbone, next(model.parameters()).device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        fused = can_fuse(model.backbone.vit.blocks, device)
-    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device)
-    return not (fused and replayed) or triples > TRAINING_PAYS
+        fused = backbone.fuses(backbone.vit.num_prefix_tokens + backbone.num_patches, device)
+    return not (fused and cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device))
 
 
 def pays_in_evaluation(cfg: CfgNode, triples: int) -> bool:

@@ -79,6 +79,7 @@ class ReplayedPass:
         self.kind: tuple = ()
         self.passes = 0
         self.recording: Recording | None = None
+        self.stream = torch.cuda.Stream(self.parameters[0].device)
 
     def __call__(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
         """As the pass itself; the next call overwrites the output, and the gradients.
@@ -90,7 +91,7 @@ class ReplayedPass:
             self.kind, self.passes, self.recording = kind, 0, None
         if self.passes < WARM_UP:
             self.passes += 1
-            return self.run(batch, epoch)
+            return self._warm_up(batch, epoch)
         if self.recording is None:
             self.recording = self._record(batch, epoch)
         recording = self.recording
@@ -107,6 +108,16 @@ class ReplayedPass:
         weights = tuple(self.loss_fn.branch_weight(head, epoch) for head in self.model.heads)
         return weights, tuple((tensor.shape, tensor.dtype) for tensor in _inputs(batch))
 
+    def _warm_up(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
+        """The pass itself, on the stream of the recording to come: autograd keeps to the stream on which it first met a
+        parameter, for as long as anything holds that graph, and a recording must not reach for another stream."""
+        current = torch.cuda.current_stream(self.parameters[0].device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = self.run(batch, epoch)
+        current.wait_stream(self.stream)
+        return result
+
     def _record(self, batch: Batch, epoch: int) -> Recording:
         static = replace(
             batch,
@@ -120,7 +131,7 @@ class ReplayedPass:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads load the next batch meanwhile: only this one's calls are recorded and restricted.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 result = self.run(static, epoch)
         except (torch.OutOfMemoryError, UserError):
             raise

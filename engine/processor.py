@@ -106,9 +106,7 @@ def do_train(
         known = {name: metrics for name, metrics in sections.items() if metrics}
         writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
 
-    share = s.IMS_PER_BATCH // world_size()
-    triples = s.MAX_EPOCHS * len(train_loader) * share
-    compiled = compile_training(cfg, model, loss_fn, dtype, share // s.ACCUMULATION, triples)
+    compiled = compile_training(cfg, model, loss_fn, dtype, s.IMS_PER_BATCH // s.ACCUMULATION // world_size())
     if ema:
         compile_regions(ema.module, enable=compiled)
     if start is None:

@@ -8,12 +8,13 @@ import difflib
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.fused_blocks import can_fuse, run_blocks
+from modeling import fused_vit
+from modeling.block_parts import use_drop_path, use_recomputed_activation
 from modeling.regions import region
 from utils.errors import UserError
 
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         drop: dropout behind the linear layers of attention and MLP.
         attn_drop: dropout of the attention weights.
+        fused: use the kernels of `modeling.fused_vit` where they compute the same.
 
     Attributes:
         grid: (rows, columns) of patches; num_patches is their product.
@@ -67,11 +69,12 @@ class Backbone(nn.Module):
         drop_path: float = 0.0,
         drop: float = 0.0,
         attn_drop: float = 0.0,
+        fused: bool = True,
     ):
         super().__init__()
         self.timm_name = find_vit(vit_name)
         self.img_size, self.depth_limit, self.sie_coe = (img_size[0], img_size[1]), depth, sie_coe
-        self.grad_checkpointing, self.split_after = False, 0
+        self.grad_checkpointing, self.split_after, self.fused = False, 0, fused
 
         def create(size: tuple[int, int]) -> nn.Module:
             return timm.create_model(
@@ -134,41 +137,62 @@ class Backbone(nn.Module):
         Raises:
             UserError: the images are not of the size given at construction.
         """
-        tokens, ropes = self._start(x, camid)
-        return self.project(self._run(tokens, ropes, 0, len(self.vit.blocks)))
+        fused = self.fuses(self.vit.num_prefix_tokens + self.num_patches, x.device)
+        tokens, ropes = self._start(x, camid, fused)
+        return self._end(self._run(tokens, ropes, 0, len(self.vit.blocks), fused), fused)
 
     def begin(self, x: Tensor, camid: Tensor | None = None) -> Tensor:
         """Images, as in `forward` -> tokens (B, L, W) behind block `split_after`: prefix tokens, then patches."""
-        tokens, ropes = self._start(x, camid)
-        return self._run(tokens, ropes, 0, self.split_after)
+        fused = self.fuses(self.vit.num_prefix_tokens + self.num_patches, x.device)
+        tokens, ropes = self._start(x, camid, fused)
+        return self._run(tokens, ropes, 0, self.split_after, fused)
 
     def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `begin`, of which some have left -> all but the prefix (B, ., C), and globals (B, C)."""
-        blocks = len(self.vit.blocks)
-        return self.project(self._run(tokens, [None] * blocks, self.split_after, blocks))
+        blocks, fused = len(self.vit.blocks), self.fuses(tokens.shape[1], tokens.device)
+        return self._end(self._run(tokens, [None] * blocks, self.split_after, blocks, fused), fused)
 
-    def _start(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm and projection behind the last block, tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
+        return self._end(tokens, self.fuses(tokens.shape[1], tokens.device))
+
+    def fuses(self, num_tokens: int, device: torch.device) -> bool:
+        """Whether a pass over that many tokens an image would use the kernels of `modeling.fused_vit`."""
+        return self.fused and fused_vit.can_fuse(self.vit.blocks, num_tokens, device)
+
+    def _start(self, x: Tensor, camid: Tensor | None, fused: bool) -> tuple[Tensor, list[Tensor | None]]:
         if x.shape[-2:] != self.img_size:
             raise UserError(
                 f"got images of {x.shape[-2]}x{x.shape[-1]} pixels, but this backbone was built for "
                 f"{self.img_size[0]}x{self.img_size[1]} (height x width, INPUT.SIZE_TRAIN)."
             )
+        if fused and fused_vit.can_embed(self.vit):
+            class_tokens = self._add_camera(self.vit.cls_token.expand(len(x), -1, -1), camid).squeeze(1)
+            return fused_vit.embed(self.vit, self._patchify(x), class_tokens), [None] * len(self.vit.blocks)
         return self._embed(x, camid)
 
-    def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int) -> Tensor:
+    def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int, fused: bool) -> Tensor:
         """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, or in groups of equal size so that few compile."""
         blocks = tuple(self.vit.blocks)
-        fused = can_fuse(blocks, tokens.device)
         size = last - first if fused else group_size(self.split_after, len(blocks))
         size = 1 if self.grad_checkpointing else size
         for i in range(first, last, size):
             group = blocks[i : i + size]
-            run, args = (run_blocks, ()) if fused else (self._transform, (ropes[i : i + len(group)],))
+            run, args = (fused_vit.run_blocks, ()) if fused else (self._transform, (ropes[i : i + len(group)],))
             if self.grad_checkpointing and self.training:
                 tokens = checkpoint(run, group, tokens, *args, use_reentrant=False)
             else:
                 tokens = run(group, tokens, *args)
         return tokens
+
+    def _end(self, tokens: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        vit = self.vit
+        # without a projection, which takes half precision anyway, the norm's own float32 goes on
+        plain = isinstance(self.proj, nn.Linear) and isinstance(vit.norm, nn.LayerNorm) and vit.norm.bias is not None
+        if fused and plain and isinstance(vit.fc_norm, nn.Identity):
+            projected = self.proj(fused_vit.layer_norm(tokens, vit.norm))
+            return projected[:, vit.num_prefix_tokens :], projected[:, 0]
+        return self._project(tokens)
 
     @region
     def _embed(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -190,8 +214,8 @@ class Backbone(nn.Module):
         return tokens
 
     @region
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm and projection behind the last block, tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm and projection as written."""
         tokens = self.proj(self.vit.fc_norm(self.vit.norm(tokens)))  # timm fills one of the two norms
         return tokens[:, self.vit.num_prefix_tokens :], tokens[:, 0]
 
@@ -202,6 +226,8 @@ class Backbone(nn.Module):
         rows, columns = embed.proj.kernel_size
         if embed.proj.stride != (rows, columns):
             return embed(x)
+        if torch.is_autocast_enabled(x.device.type):  # as the product does; earlier, there is less to move
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x[..., : self.grid[0] * rows, : self.grid[1] * columns]
         pixels = (
             x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -212,7 +238,7 @@ class Backbone(nn.Module):
         """Adds the camera's embedding to the class token of (B, L, W); patch tokens do not see the camera."""
         if self.cam_embed is None:
             return tokens
-        camera = self.cam_embed.mean(dim=0, keepdim=True) if camid is None else self.cam_embed[camid]
+        camera = self.cam_embed.mean(dim=0, keepdim=True) if camid is None else F.embedding(camid, self.cam_embed)
         return torch.cat([tokens[:, :1] + self.sie_coe * camera.unsqueeze(1), tokens[:, 1:]], dim=1)
 
     def split(self, after: int) -> None:
@@ -245,57 +271,6 @@ class Backbone(nn.Module):
 def group_size(split_after: int, depth: int) -> int:
     """The largest number of blocks up to `GROUP` by which both parts of a backbone can be cut into equal groups."""
     return max(size for size in range(1, GROUP + 1) if split_after % size == 0 and (depth - split_after) % size == 0)
-
-
-class Recomputed(nn.Module):
-    """An activation whose output compiled code makes again in the backward pass, where its input is read anyway.
-
-    It is the largest tensor that a block would keep: a fifth of the memory of training.
-    """
-
-    def __init__(self, act: nn.Module):
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
-            return self.act(x)
-        return checkpoint(self.act, x, use_reentrant=False, preserve_rng_state=False)
-
-
-def use_recomputed_activation(vit: nn.Module) -> None:
-    """Lets the MLPs of a timm ViT make their activations again; gated MLPs, which have others, stay."""
-    for block in vit.blocks:
-        if isinstance(getattr(block, "mlp", None), Mlp):
-            block.mlp.act = Recomputed(block.mlp.act)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): a sample skips the branch at a rate, the others are scaled up for it.
-
-    The rate is a tensor: compiled code takes it as an input, where timm's Python number compiles every block anew.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.keep
-        return x * (kept / self.keep).to(x.dtype)
-
-
-def use_drop_path(vit: nn.Module) -> None:
-    """Puts this file's DropPath into every block of a timm ViT that was made with a rate above 0."""
-    places = [(block, name) for block in vit.blocks for name in ("drop_path1", "drop_path2", "drop_path")]
-    places = [(block, name) for block, name in places if hasattr(block, name)]
-    rates = [getattr(getattr(block, name), "drop_prob", 0.0) for block, name in places]
-    if any(rates):
-        for (block, name), rate in zip(places, rates, strict=True):
-            setattr(block, name, DropPath(rate))
 
 
 def find_vit(name: str) -> str:

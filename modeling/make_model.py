@@ -288,6 +288,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
         drop_path=m.DROP_PATH,
         drop=m.DROP_OUT,
         attn_drop=m.ATT_DROP_RATE,
+        fused=cfg.SOLVER.FUSED_BLOCKS and not cfg.SOLVER.DETERMINISTIC,
     )
     if pretrained and m.PRETRAINED:
         load_pretrained(backbone, m.PRETRAIN_PATH_T)

@@ -97,7 +97,8 @@ def fuse_dropped(tokens: Tensor, choice: Choice) -> Tensor:
     if dropped.shape[-1] == 0:
         return tokens[..., :0, :]
     share = torch.zeros_like(scores).scatter(-1, dropped, scores.gather(-1, dropped).softmax(-1))
-    return share.unsqueeze(-2).to(tokens.dtype) @ tokens
+    with torch.autocast(tokens.device.type, enabled=False):  # tokens in float32 may be too large for fp16
+        return share.unsqueeze(-2).to(tokens.dtype) @ tokens
 
 
 def best_first(scores: Tensor) -> Tensor:

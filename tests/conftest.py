@@ -1,7 +1,10 @@
 """Small data sets and configs that several tests share."""
 
 import logging
+import os
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ import torch
 import engine.compile
 import train_net
 from engine import processor
-from engine.compile import EVALUATION_PAYS, TRAINING_PAYS, compile_training, pays_in_evaluation, pays_in_training
+from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation, pays_in_training
 from modeling import make_model, regions
 from modeling.regions import is_compiled, uncompiled
 from solver import make_loss
@@ -30,7 +30,7 @@ def backend(monkeypatch, function):
 def test_a_cpu_is_left_alone_unless_asked_for(tiny_cfg):
     for opts in ((), ("SOLVER.COMPILE", "off")):
         cfg, model, loss_fn = built(tiny_cfg, *opts)
-        assert not compile_training(cfg, model, loss_fn, None, 8, 1e9) and not is_compiled(model)
+        assert not compile_training(cfg, model, loss_fn, None, 8) and not is_compiled(model)
 
 
 def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, monkeypatch):
@@ -39,7 +39,7 @@ def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, 
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on", "MODEL.DROP_PATH", "0.2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert compile_training(cfg, model.eval(), loss_fn, None, 8, 1e9) and calls
+    assert compile_training(cfg, model.eval(), loss_fn, None, 8) and calls
     assert is_compiled(model) and is_compiled(loss_fn) and not model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -57,19 +57,18 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
     backend(monkeypatch, broken)
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on")
     with caplog.at_level(logging.WARNING):
-        assert not compile_training(cfg, model, loss_fn, None, 8, 1e9)
+        assert not compile_training(cfg, model, loss_fn, None, 8)
     assert "not compiled, so training is slower" in caplog.text and "no C compiler found" in caplog.text
     assert not is_compiled(model) and not is_compiled(loss_fn)
     images = {m: torch.zeros(2, 3, *cfg.INPUT.SIZE_TRAIN) for m in ("RGB", "NI", "TI")}
     assert model(images, torch.tensor([0, 1])).logits
 
 
-def test_training_is_compiled_where_little_is_left_to_gain_only_in_long_runs(tiny_cfg, monkeypatch):
-    for fused, replayed, short in ((True, True, False), (True, False, True), (False, True, True)):
+def test_training_is_compiled_unless_blocks_are_fused_and_steps_replayed(tiny_cfg, monkeypatch):
+    for fused, replayed, pays in ((True, True, False), (False, True, True), (True, False, True)):
         cfg, model, _ = built(tiny_cfg, "SOLVER.AMP", "bf16", "SOLVER.CUDA_GRAPH", str(replayed))
-        monkeypatch.setattr(engine.compile, "can_fuse", lambda blocks, device, fused=fused: fused)
-        assert pays_in_training(cfg, model, torch.bfloat16, TRAINING_PAYS) is short
-        assert pays_in_training(cfg, model, torch.bfloat16, TRAINING_PAYS + 1)
+        monkeypatch.setattr(model.backbone, "fuses", lambda tokens, device, fused=fused: fused)
+        assert pays_in_training(cfg, model, torch.bfloat16) is pays
 
 
 def test_evaluation_is_compiled_where_a_run_evaluates_enough(tiny_cfg):

@@ -45,14 +45,41 @@ class FakeGraph:
             parameter.grad = grad
 
 
+class FakeStream:
+    """Remembers for whom it waited, and what was made while it was the current one."""
+
+    def __init__(self, device=None):
+        self.waited_for = []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
 @pytest.fixture
-def fake_graphs(monkeypatch):
+def fake_streams(monkeypatch):
+    """Lets streams be made and used on the CPU; the stack of streams, the current one last."""
+    stack = [FakeStream()]
+
+    @contextmanager
+    def use(stream):
+        stack.append(stream)
+        yield
+        assert stack.pop() is stream
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stack[-1])
+    return stack
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch, fake_streams):
     """Lets `TrainStep` replay on the CPU; the list of graphs made."""
     FakeGraph.made = []
 
     @contextmanager
-    def recording(graph, capture_error_mode):
-        assert capture_error_mode == "thread_local"
+    def recording(graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local" and stream is step.stream
         model = step.model
         before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
         yield
@@ -144,12 +171,23 @@ def test_a_batch_of_another_size_is_recorded_anew(tiny_cfg, fake_graphs):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_what_cannot_be_recorded_is_told_with_the_key_that_helps(tiny_cfg, monkeypatch):
+def test_the_first_passes_run_on_the_stream_of_the_recording(tiny_cfg, fake_graphs, fake_streams):
+    """Each behind what was under way, and before what follows."""
+    cfg = tiny_cfg()
+    model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
+    replayed = ReplayedPass(lambda batch, epoch: ({}, fake_streams[-1]), model, make_loss(cfg, 6))
+    for i in range(1, WARM_UP + 1):
+        _, used = replayed(make_batch(0), 1)
+        assert used is replayed.stream and used is not fake_streams[-1]
+        assert used.waited_for == i * [fake_streams[-1]] and fake_streams[-1].waited_for == i * [used]
+
+
+def test_what_cannot_be_recorded_is_told_with_the_key_that_helps(tiny_cfg, monkeypatch, fake_streams):
     class Graph:
         pass
 
     @contextmanager
-    def recording(graph, capture_error_mode):
+    def recording(graph, stream, capture_error_mode):
         try:
             yield
         finally:  # as torch does it: the recording that was spoilt fails once more as it ends

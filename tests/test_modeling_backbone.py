@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling import foreign
-from modeling.backbone import Backbone, DropPath, resize_position_grid
+from modeling.backbone import Backbone, resize_position_grid
+from modeling.block_parts import DropPath
 from utils.errors import UserError
 from utils.modalities import MODALITIES
 

@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, against torch's operations and timm's blocks, and their gradients."""
+"""Each kernel, under Triton's interpreter (see conftest), against torch's operations, and all of them compiled."""
 
 import os
 import subprocess
@@ -6,96 +6,150 @@ import sys
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
-from modeling.kernels.attention import prefix_for
-from modeling.kernels.residual import draw_kept
-
-ATTENTION = """
-import torch
 import torch.nn.functional as F
-from modeling.kernels import attention as a
+from timm.layers.activations import QuickGELU
+from torch import nn
 
-for B, N, H, D, P in [(3, 32, 2, 16, 1), (1, 128, 2, 64, 1), (1, 64, 1, 32, 5)]:
+from modeling.kernels import activation, attention, embedding, residual, triton
+from modeling.kernels import linear as linear_kernels
+from modeling.kernels.activation import activated_linear
+from modeling.kernels.attention import prefix_for, tiled_attention
+from modeling.kernels.embedding import embed_tokens
+from modeling.kernels.linear import linear
+from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
+
+pytestmark = pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Sizes that do not divide what the tests give them, and few programs, of which each is slow to interpret."""
     torch.manual_seed(0)
-    qkv = torch.randn(B, P + N, 3 * H * D, requires_grad=True)
-    grad_out = torch.randn(B, P + N, H * D)
-    q, k, v = qkv.view(B, P + N, 3, H, D).permute(2, 0, 3, 1, 4)
-    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, P + N, H * D)
-    expected.backward(grad_out)
-    out = torch.full_like(expected.detach(), float("nan"))
-    grad = torch.full_like(qkv.detach(), float("nan"))
-    sizes = a._sizes(qkv, H, P)
-    a._attend_kernel[(H, B)](qkv.detach(), out, **sizes, R=min(a.QUERIES, N))
-    a._gradient_kernel[(2,)](qkv.detach(), grad_out, grad, B * H, **sizes, AHEAD=3)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grad, qkv.grad, rtol=1e-4, atol=1e-5)
-"""
-
-BLOCKS = """
-import torch
-from timm.layers import QuickGELU
-from timm.models.vision_transformer import Block
-import modeling.fused_blocks as fused
-from modeling.backbone import use_drop_path
-from modeling.kernels import activation, linear, residual
-
-residual.PROGRAMS = 7
-linear.ROWS, linear.COLUMNS, linear.CHUNK = 8, 64, 4
-activation.FORWARD = activation.BACKWARD = {"ROWS": 8, "C": 32, "R": 4}
-draw, kept = fused.draw_kept, []
-fused.draw_kept = lambda *args: kept.extend(draw(*args)) or kept
-
-NONE, SOME = (0.0, 0.0), (0.0, 0.3)  # a block that all images pass stands before one that some skip
-for act, rates in ((QuickGELU, NONE), (torch.nn.GELU, NONE), (QuickGELU, SOME)):
-    torch.manual_seed(0)
-    kept.clear()
-    blocks = torch.nn.ModuleList([Block(48, 3, qkv_bias=True, act_layer=act, drop_path=rate) for rate in rates])
-    use_drop_path(torch.nn.ModuleDict({"blocks": blocks}))
-    assert all(fused._is_known(block) for block in blocks)
-    for p in blocks.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x, grad = torch.randn(5, 7, 48, requires_grad=True), torch.randn(5, 7, 48)
-    leaves = [x, *blocks.parameters()]
-
-    out = fused.run_blocks(blocks, x)
-    found = torch.autograd.grad(out, leaves, grad)
-
-    assert [k.count for k in kept] == [5, 5, 5, 5] if rates == NONE else [5, 5, 3, 3]
-    expected = x
-    for i, k in enumerate(kept):
-        block = blocks[i // 2]
-        branch = block.mlp(block.norm2(expected)) if i % 2 else block.attn(block.norm1(expected))
-        there = (k.order < k.count) * 5 / k.count
-        expected = expected + there[:, None, None] * branch
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    for a, b in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
-"""
+    monkeypatch.setattr(residual, "PROGRAMS", 3)
+    monkeypatch.setattr(embedding, "PARTS", 2)
+    monkeypatch.setattr(linear_kernels, "ROWS", 16)
+    monkeypatch.setattr(linear_kernels, "CHUNK", 8)
+    monkeypatch.setattr(activation, "FORWARD", {"ROWS": 16, "C": 32, "R": 8})
+    monkeypatch.setattr(activation, "BACKWARD", {"ROWS": 16, "C": 32, "R": 8})
 
 
-@pytest.mark.parametrize("check", [ATTENTION, BLOCKS], ids=["attention", "blocks"])
-def test_kernels_agree_with_torch(check):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-2000:]
+def agree(found, expected, leaves, rtol=1e-4):
+    """Outputs, and gradients of `leaves` for one random gradient of the output."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+    grad = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize(("images", "patches", "heads", "width", "prefix"), [(3, 32, 2, 16, 1), (1, 128, 1, 32, 5)])
+def test_attention(images, patches, heads, width, prefix):
+    qkv = leaf(images, prefix + patches, 3 * heads * width)
+    q, k, v = qkv.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    agree(tiled_attention(qkv, heads, prefix), expected, [qkv])
+
+
+def test_attention_s_gradient_by_programs_that_stay():
+    qkv, grad_out = leaf(3, 33, 96), torch.randn(3, 33, 32)
+    (expected,) = torch.autograd.grad(tiled_attention(qkv, 2, 1), qkv, grad_out)
+    grad = torch.full_like(expected, float("nan"))
+    sizes = {"P": 1, "N": 32, "H": 2, "D": 16, "AHEAD": 3}
+    attention._gradient_kernel[(4,)](qkv.detach(), grad_out, grad, 6, 16**-0.5, **sizes)
+    torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "prefix"), [(129, 64, 1), (66, 64, 2), (48, 64, 16), (128, 64, 0), (92, 64, 0), (129, 24, 0)]
 )
 def test_tokens_beyond_a_power_of_two_are_prefix(tokens, head_dim, prefix):
-    assert prefix_for(tokens, head_dim) == prefix
+    assert prefix_for(tokens, head_dim, CPU) == prefix
+
+
+@pytest.mark.parametrize(("card", "shared", "fits"), [("A100", 166_912, True), ("RTX 4090", 101_376, False)])
+def test_attention_over_128_patches_needs_shared_memory(monkeypatch, card, shared, fits):
+    monkeypatch.setattr(attention, "_shared_memory", lambda device: shared)
+    assert bool(prefix_for(129, 64, CPU)) is fits, card
+    assert prefix_for(66, 64, CPU) == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias):
+    x, weight = leaf(3, 7, 12), leaf(20, 12)
+    biases = [leaf(20)] if bias else []
+    agree(linear(x, weight, *biases), F.linear(x, weight, *biases), [x, weight, *biases])
+
+
+@pytest.mark.parametrize("act", [QuickGELU(), nn.GELU()])
+def test_activated_linear(act):
+    hidden, bias, weight = leaf(3, 7, 40), leaf(40), leaf(12, 40)
+    agree(activated_linear(hidden, bias, weight, act), act(hidden + bias) @ weight.T, [hidden, bias, weight])
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_embedding(normed):
+    patches, class_tokens, positions = leaf(5, 6, 20), leaf(5, 20), leaf(7, 20)
+    norm = nn.LayerNorm(20, eps=1e-3) if normed else None
+    leaves = [patches, class_tokens, positions]
+    expected = torch.cat([class_tokens[:, None], patches], dim=1) + positions
+    if norm is not None:
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        expected, leaves = norm(expected), leaves + list(norm.parameters())
+    agree(embed_tokens(patches, class_tokens, positions, norm, torch.float32), expected, leaves)
+
+
+def random_norm(width):
+    norm = nn.LayerNorm(width, eps=1e-3)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+def taken(x, kept):
+    """The images of x that a branch keeps, in the branch's order."""
+    return torch.stack([x[image] for image in kept.order.argsort().tolist()[: kept.count]])
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (5, 3), (3, 5), (2, 3)])
+def test_residual_and_norm(counts):
+    """Whatever stands before and behind: branches that all images pass, and such as some skip."""
+    x, bias, norm = leaf(5, 3, 20), leaf(20), random_norm(20)
+    own, following = (Kept(torch.randperm(5).int() if n < 5 else torch.arange(5).int(), n) for n in counts)
+    out = leaf(own.count, 3, 20)
+    leaves = [x, out, bias, *norm.parameters()]
+
+    def expected():
+        there = torch.zeros(5, 3, 20).index_add(0, own.order.argsort()[: own.count], out + bias)
+        total = x + 5 / own.count * there * (own.order < own.count)[:, None, None]
+        return total, taken(norm(total), following)
+
+    def found():
+        return norm_for(x, norm, following, Branch(out, bias, own))
+
+    agree(found()[1], expected()[1], leaves)
+    agree(*(2 * total.sum() + normed.square().sum() for total, normed in (found(), expected())), leaves)
+    agree(add_branch(x, Branch(out, bias, own)), expected()[0], leaves[:3])
+
+
+def test_norm_by_itself():
+    x, norm = leaf(5, 3, 20), random_norm(20)
+    agree(layer_norm(x, norm), norm(x), [x, *norm.parameters()])
 
 
 def test_every_image_skips_a_branch_as_often_and_independently_of_the_next():
-    torch.manual_seed(0)
     draws, size = 4000, 8
     skips = torch.zeros(draws, 2, size)
     for i in range(draws):
-        kept = draw_kept(size, [0.0, 0.25, 0.25], torch.device("cpu"))
+        kept = draw_kept(size, [0.0, 0.25, 0.25], CPU)
         assert [k.count for k in kept] == [8, 6, 6] and kept[1].scale == pytest.approx(8 / 6)
+        assert kept[0].order.tolist() == list(range(size))
         assert all(k.order.sort().values.tolist() == list(range(size)) for k in kept)
         skips[i] = torch.stack([k.order >= k.count for k in kept[1:]]).float()
     spread = 4 * (0.25 * 0.75 / draws) ** 0.5
@@ -105,4 +159,16 @@ def test_every_image_skips_a_branch_as_often_and_independently_of_the_next():
 
 
 def test_at_least_one_image_stays():
-    assert [k.count for k in draw_kept(2, [0.9, 0.2], torch.device("cpu"))] == [1, 2]
+    assert [k.count for k in draw_kept(2, [0.9, 0.2], CPU)] == [1, 2]
+
+
+def test_every_kernel_of_a_step_compiles_for_cards_of_the_last_generations():
+    """Without a card: what a pass of ViT-B/16 would launch is recorded and compiled, for an A100's architecture."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."}
+    command = [sys.executable, "-m", "tests.compiled_kernels", "80"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shared = {name: int(used) for name, used in (line.split() for line in result.stdout.splitlines())}
+    expected = {"attention", "embedding", "residual", "activation"}
+    assert {name.partition(".")[0] for name in shared} == expected | {"linear"} and len(shared) == 9
+    assert shared["attention._gradient_kernel"] <= attention.SHARED[128]

@@ -12,7 +12,6 @@ config's data set: python -m data.synthetic --out datasets/sample_full --preset 
 import argparse
 import json
 import logging
-import math
 import os
 import platform
 import statistics
@@ -36,7 +35,8 @@ from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
 from engine.parallel import Objective
 from engine.step import TrainStep
-from modeling import make_model
+from modeling import fused_vit, make_model
+from modeling.kernels import can_launch
 from modeling.regions import compile_regions
 from solver import make_loss, make_optimizer
 from utils.cli import run
@@ -54,14 +54,14 @@ GIB = 2**30
 IDS, CAMERAS = 171, 4
 STEPS = 20
 """Steps between two looks at the clock."""
-AS_WRITTEN = ("SOLVER.COMPILE", "off", "SOLVER.CUDA_GRAPH", "False")
+AS_WRITTEN = ("SOLVER.FUSED_BLOCKS", "False", "SOLVER.COMPILE", "off", "SOLVER.CUDA_GRAPH", "False")
 RANDOM_WEIGHTS = ("MODEL.PRETRAINED", "False", "MODEL.PRETRAIN_PATH_T", "")
 
 Row = dict[str, Any]
 
 
 class StepBench:
-    """A training step on random batches, as `engine.do_train` makes it in a run so long that compiling pays."""
+    """A training step on random batches, as `engine.do_train` makes it."""
 
     def __init__(self, cfg: CfgNode):
         self.device = select_device(cfg.MODEL.DEVICE)
@@ -74,7 +74,7 @@ class StepBench:
         guard = FiniteGuard(self.model, make_optimizer(cfg, self.model), scaler)
         start = time.perf_counter()
         parts = self.batch_size // cfg.SOLVER.ACCUMULATION
-        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts, math.inf)
+        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts)
         self.compile_seconds = time.perf_counter() - start
         self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard)
         self.model.train()
@@ -146,6 +146,22 @@ def compare_losses(cfg: CfgNode, repeats: int) -> Row:
     difference = abs(means["fast"] - means["float32"]) / means["float32"]
     ends = {f"{name} first, last": (round(v[0], 3), round(v[-1], 3)) for name, v in losses.items()}
     return {"value": 100 * difference, "unit": "% of the mean loss of 50 steps", "means": means, **ends}
+
+
+def check_kernels(cfg: CfgNode, repeats: int) -> Row:
+    """The largest relative error of output and gradients of fused blocks of the config's kind against timm's in
+    float32, beside the error of timm's under autocast."""
+    device = select_device(cfg.MODEL.DEVICE)
+    backbone = make_model(cfg, num_classes=IDS, num_cameras=CAMERAS, pretrained=False).backbone
+    kind, dtype = fused_vit.kind_of(backbone.vit.blocks[0]), autocast_dtype(cfg.SOLVER.AMP, device)
+    if kind is None or dtype is None or not can_launch(device):
+        raise UserError("kernels: there are none for this ViT, this device or this SOLVER.AMP.")
+    tokens = backbone.vit.num_prefix_tokens + backbone.num_patches
+    found, of_timm = (
+        fused_vit.relative_errors(kind, tokens, dtype, device, fused=fused).values() for fused in (True, False)
+    )
+    told = {"median": statistics.median(found), "timm's": max(of_timm), "timm's median": statistics.median(of_timm)}
+    return {"value": max(found), "unit": "relative error", **told}
 
 
 def time_evaluation(cfg: CfgNode, repeats: int) -> Row:
@@ -256,7 +272,10 @@ ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
     "step, GRAD_CHECKPOINT": (time_steps, ("SOLVER.GRAD_CHECKPOINT", "True")),
     "step, HDM and ATMoE": (time_steps, FUSION),
     "step, CUDA_GRAPH off": (time_steps, ("SOLVER.CUDA_GRAPH", "False")),
-    "step, COMPILE off": (time_steps, ("SOLVER.COMPILE", "off")),
+    "step, COMPILE on": (time_steps, ("SOLVER.COMPILE", "on")),
+    "step, FUSED_BLOCKS off": (time_steps, ("SOLVER.FUSED_BLOCKS", "False")),
+    "step, as written": (time_steps, AS_WRITTEN),
+    "kernels": (check_kernels, ()),
     "parity": (compare_losses, ("SOLVER.BACKBONE_LR", "1e-4", "SOLVER.WARMUP_ITERS", "0")),
     "evaluation": (time_evaluation, ("DATALOADER.CACHE", "memory")),
     "gallery": (rank_gallery, ()),

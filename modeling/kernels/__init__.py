@@ -1,9 +1,12 @@
-"""What a ViT's blocks consist of besides matrix products, as Triton kernels with their gradients."""
+"""What a ViT consists of besides matrix products, as Triton kernels with their gradients.
 
-import functools
-import logging
+`modeling.fused_vit` chains them, and says where that can be done.
+"""
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -11,26 +14,13 @@ try:
 except ImportError:  # builds of torch without CUDA come without it
     triton = tl = None
 
-log = logging.getLogger(__name__)
+
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels can be launched on a device: a GPU of NVIDIA's, for which they are written."""
+    return device.type == "cuda" and triton is not None and torch.version.hip is None
 
 
-@functools.cache
-def kernels_work(device: torch.device) -> bool:
-    """Whether this file's neighbours can run on a device; where they cannot on a GPU, the log says why, once."""
-    if device.type != "cuda" or triton is None:
-        return False
-    try:
-        x = torch.zeros(1, device=device)
-        _probe[(1,)](x)
-        return x.item() == 1
-    except Exception as error:  # such as no C compiler, or a card that Triton does not know
-        told = str(error).strip().splitlines() or [""]
-        log.warning("kernels are not used, so the backbone is slower: %s: %s", type(error).__name__, told[-1])
-        return False
-
-
-if triton is not None:
-
-    @triton.jit
-    def _probe(x):
-        tl.store(x, 1.0)
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches a kernel on the card that its tensors lie on, whichever card is the current one."""
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        kernel[grid](*args, **options)

@@ -13,8 +13,11 @@ import torch
 from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
-from modeling.kernels import tl, triton
+from modeling.kernels import launch, tl, triton
 from modeling.kernels.linear import weight_gradient
+
+if triton is not None:
+    from modeling.kernels.linear import tile_of
 
 FORWARD = {"ROWS": 32, "C": 128, "R": 8}
 BACKWARD = {"ROWS": 128, "C": 128, "R": 16}
@@ -45,7 +48,7 @@ class _ActivatedLinear(torch.autograd.Function):
     def forward(ctx: Any, hidden, bias, weight, quick):  # type: ignore[override]
         h = hidden.flatten(0, -2).contiguous()
         out = torch.empty_like(h)
-        _forward_kernel[_grid(h, FORWARD)](h, bias, out, len(h), W=h.shape[1], QUICK=quick, **FORWARD)
+        launch(_forward_kernel, _grid(h, FORWARD), h, bias, out, len(h), W=h.shape[1], QUICK=quick, **FORWARD)
         w = weight.to(h.dtype)
         ctx.save_for_backward(h, bias, w)
         ctx.quick, ctx.dtype = quick, weight.dtype
@@ -57,15 +60,14 @@ class _ActivatedLinear(torch.autograd.Function):
         g = grad.flatten(0, -2)
         grad_out = g @ w
         grad_hidden, out = torch.empty_like(h), torch.empty_like(h)
-        grid = _grid(h, BACKWARD)
-        sums = h.new_empty(grid[1], h.shape[1], dtype=torch.float32)
+        sums = h.new_empty(triton.cdiv(len(h), BACKWARD["ROWS"]), h.shape[1], dtype=torch.float32)
         sizes = {"W": h.shape[1], "QUICK": ctx.quick, **BACKWARD}
-        _backward_kernel[grid](h, bias, grad_out, grad_hidden, out, sums, len(h), **sizes)
+        launch(_backward_kernel, _grid(h, BACKWARD), h, bias, grad_out, grad_hidden, out, sums, len(h), **sizes)
         return grad_hidden.unflatten(0, grad.shape[:-1]), sums.sum(0), weight_gradient(g, out, ctx.dtype), None
 
 
-def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int, int]:
-    return triton.cdiv(h.shape[1], sizes["C"]), triton.cdiv(len(h), sizes["ROWS"])
+def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(h.shape[1], sizes["C"]) * triton.cdiv(len(h), sizes["ROWS"]),)
 
 
 if triton is not None:
@@ -79,13 +81,13 @@ if triton is not None:
         s = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
         return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])
     def _forward_kernel(
         hidden, bias, out, M, W: tl.constexpr, QUICK: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
     ):
-        columns = tl.program_id(0) * C + tl.arange(0, C)
+        part, columns = tile_of(tl.program_id(0), W, C)
         b = tl.load(bias + columns, mask=columns < W, other=0.0)
-        for first in tl.range(tl.program_id(1) * ROWS, (tl.program_id(1) + 1) * ROWS, R):
+        for first in tl.range(part * ROWS, (part + 1) * ROWS, R):
             rows = first + tl.arange(0, R)
             at = rows[:, None].to(tl.int64) * W + columns[None, :]
             inside = (rows < M)[:, None] & (columns < W)[None, :]
@@ -93,7 +95,7 @@ if triton is not None:
             a, _ = _activate(x, QUICK)
             tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])
     def _backward_kernel(
         hidden,
         bias,
@@ -108,10 +110,10 @@ if triton is not None:
         C: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        columns = tl.program_id(0) * C + tl.arange(0, C)
+        part, columns = tile_of(tl.program_id(0), W, C)
         b = tl.load(bias + columns, mask=columns < W, other=0.0)
         total = tl.zeros((R, C), tl.float32)
-        for first in tl.range(tl.program_id(1) * ROWS, (tl.program_id(1) + 1) * ROWS, R):
+        for first in tl.range(part * ROWS, (part + 1) * ROWS, R):
             rows = first + tl.arange(0, R)
             at = rows[:, None].to(tl.int64) * W + columns[None, :]
             inside = (rows < M)[:, None] & (columns < W)[None, :]
@@ -122,4 +124,4 @@ if triton is not None:
             tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
             tl.store(grad_hidden + at, g.to(grad_hidden.dtype.element_ty), mask=inside)
             total += g
-        tl.store(sums + tl.program_id(1) * W + columns, tl.sum(total, axis=0), mask=columns < W)
+        tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)

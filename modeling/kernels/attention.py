@@ -10,94 +10,82 @@ that nothing is copied.
 Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.kernels import tl, triton
+from modeling.kernels import launch, tl, triton
 
-PATCHES = (32, 64, 128)
 HEAD_DIMS = (16, 32, 64)
 MAX_PREFIX = 16
 QUERIES = 64
 """Queries that the forward pass takes at a time."""
 REGISTERS = 168
 """Registers a thread of it, so that three programs share a multiprocessor."""
-FETCHING_AHEAD = 190_000
-"""Bytes of a multiprocessor's shared memory that the backward pass needs to fetch ahead, as an H100 has."""
+SHARED = {32: 32_000, 64: 80_000, 128: 160_000}
+"""Patches -> bytes of a multiprocessor's shared memory that the backward pass needs, on any card."""
+SHARED_AHEAD = 231_000
+"""Bytes with which it can fetch ahead, as on an H100."""
 
 
-def prefix_for(num_tokens: int, head_dim: int) -> int:
-    """How many of the tokens count as prefix, those beyond a power of two; 0 where no kernel fits."""
-    fitting = (num_tokens - patches for patches in PATCHES if 1 <= num_tokens - patches <= MAX_PREFIX)
-    return next(fitting, 0) if head_dim in HEAD_DIMS else 0
+def prefix_for(num_tokens: int, head_dim: int, device: torch.device) -> int:
+    """How many of the tokens count as prefix, those beyond a power of two; 0 where no kernel fits, or not on this
+    card."""
+    if head_dim not in HEAD_DIMS:
+        return 0
+    for patches, needed in SHARED.items():
+        if 1 <= num_tokens - patches <= MAX_PREFIX and needed <= _shared_memory(device):
+            return num_tokens - patches
+    return 0
+
+
+def _shared_memory(device: torch.device) -> float:
+    """Bytes of shared memory that a program may have; without end where kernels are interpreted."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def tiled_attention(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
     """softmax(q k / sqrt(D)) v over all tokens of each image.
 
     Args:
-        qkv: (B, P + N, 3 * H * D) half precision on CUDA, the joint projection; N in `PATCHES`, D in `HEAD_DIMS`.
+        qkv: (B, P + N, 3 * H * D) half precision on CUDA, the joint projection.
         num_heads: H.
-        num_prefix: P, at most `MAX_PREFIX`.
+        num_prefix: P, as `prefix_for` says.
 
     Returns:
         (B, P + N, H * D)
     """
-    return _attend(qkv, num_heads, num_prefix)
+    return _Attention.apply(qkv, num_heads, num_prefix)
 
 
-@torch.library.custom_op("tiled_attention::attend", mutates_args=(), device_types="cuda")
-def _attend(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
-    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-    sizes = _sizes(qkv, num_heads, num_prefix)
-    options = {"R": min(QUERIES, sizes["N"]), "num_warps": 4, "maxnreg": REGISTERS}
-    _attend_kernel[(num_heads, len(qkv))](qkv.contiguous(), out, **sizes, **options)
-    return out
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, num_heads, num_prefix):  # type: ignore[override]
+        qkv = qkv.contiguous()
+        ctx.save_for_backward(qkv)
+        head_dim = qkv.shape[2] // 3 // num_heads
+        ctx.sizes = {"P": num_prefix, "N": qkv.shape[1] - num_prefix, "H": num_heads, "D": head_dim}
+        out = qkv.new_empty(*qkv.shape[:2], num_heads * head_dim)
+        options = {"R": min(QUERIES, ctx.sizes["N"]), "num_warps": 4, "maxnreg": REGISTERS}
+        launch(_attend_kernel, (len(qkv) * num_heads,), qkv, out, head_dim**-0.5, **ctx.sizes, **options)
+        return out
 
-
-@torch.library.custom_op("tiled_attention::differentiate", mutates_args=(), device_types="cuda")
-def _differentiate(qkv: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int) -> Tensor:
-    """Gradient of the joint projection (B, P + N, 3 * H * D)."""
-    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    sizes = _sizes(qkv, num_heads, num_prefix)
-    tasks = len(qkv) * num_heads
-    card = torch.cuda.get_device_properties(qkv.device)
-    stays = card.shared_memory_per_block_optin >= FETCHING_AHEAD
-    programs, ahead = (min(tasks, card.multi_processor_count), 3) if stays else (tasks, 1)
-    _gradient_kernel[(programs,)](
-        qkv.contiguous(), grad_out.contiguous(), grad, tasks, **sizes, AHEAD=ahead, num_warps=8
-    )
-    return grad
-
-
-def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, Any]:
-    head_dim = qkv.shape[2] // 3 // num_heads
-    sizes = {"P": num_prefix, "N": qkv.shape[1] - num_prefix, "H": num_heads, "D": head_dim}
-    return {"scale": head_dim**-0.5, **sizes}
-
-
-@_attend.register_fake
-def _(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
-@_differentiate.register_fake
-def _(qkv: Tensor, grad_out: Tensor, num_heads: int, num_prefix: int) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.num_heads, ctx.num_prefix = inputs[1:]
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
-    return _differentiate(ctx.saved_tensors[0], grad_out, ctx.num_heads, ctx.num_prefix), None, None
-
-
-_attend.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, grad_out):  # type: ignore[override]
+        (qkv,), sizes = ctx.saved_tensors, ctx.sizes
+        grad = torch.empty_like(qkv)
+        tasks, ahead = len(qkv) * sizes["H"], 1
+        programs = tasks
+        if qkv.is_cuda and _shared_memory(qkv.device) >= SHARED_AHEAD:
+            programs = min(tasks, torch.cuda.get_device_properties(qkv.device).multi_processor_count)
+            ahead = 3
+        args = (qkv, grad_out.contiguous(), grad, tasks, sizes["D"] ** -0.5)
+        launch(_gradient_kernel, (programs,), *args, **sizes, AHEAD=ahead, num_warps=8)
+        return grad, None, None
 
 
 if triton is not None:
@@ -147,11 +135,11 @@ if triton is not None:
         qkv, out, scale, P: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr
     ):
         """One image and head a program, R of its queries at a time."""
-        h, b = tl.program_id(0), tl.program_id(1)
+        h, first_token = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64) * (P + N)
         T: tl.constexpr = 3 * H * D
-        q_at = qkv + (b * (P + N)).to(tl.int64) * T + h * D
+        q_at = qkv + first_token * T + h * D
         k_at, v_at = q_at + H * D, q_at + 2 * H * D
-        to = out + (b * (P + N)).to(tl.int64) * H * D + h * D
+        to = out + first_token * H * D + h * D
         k, k_prefix = _load(k_at, P, N, D, T), _load_prefix(k_at, P, D, T)
         v, v_prefix = _load(v_at, P, N, D, T), _load_prefix(v_at, P, D, T)
         for first in tl.range(P, P + N, R, num_stages=1):
@@ -171,7 +159,7 @@ if triton is not None:
         ds, ds_prefix = p * (dp - mean) * scale, p_prefix * (dp_prefix - mean) * scale
         return p.to(q.dtype), p_prefix.to(q.dtype), ds.to(q.dtype), ds_prefix.to(q.dtype)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tasks"])
     def _gradient_kernel(
         qkv,
         grad_out,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.kernels import tl, triton
+from modeling.kernels import launch, tl, triton
 
 ROWS, COLUMNS, CHUNK = 128, 512, 4
 """Rows and columns that a program sums up, and the rows that it takes at a time."""
@@ -52,20 +52,26 @@ def column_sums(x: Tensor) -> Tensor:
     """(M, W) -> (W,) float32."""
     programs = triton.cdiv(len(x), ROWS)
     sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
-    grid = (triton.cdiv(x.shape[1], COLUMNS), programs)
-    _sum_kernel[grid](x, sums, len(x), W=x.shape[1], R=CHUNK, C=COLUMNS, ROWS=ROWS)
+    grid = (triton.cdiv(x.shape[1], COLUMNS) * programs,)
+    launch(_sum_kernel, grid, x, sums, len(x), W=x.shape[1], R=CHUNK, C=COLUMNS, ROWS=ROWS)
     return sums.sum(0)
 
 
 if triton is not None:
 
     @triton.jit
+    def tile_of(program, W: tl.constexpr, C: tl.constexpr):
+        """Which rows and columns of a matrix of W columns are a program's: neighbours work side by side."""
+        across: tl.constexpr = (W + C - 1) // C
+        return program // across, (program % across) * C + tl.arange(0, C)
+
+    @triton.jit(do_not_specialize=["M"])
     def _sum_kernel(x, sums, M, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
-        columns = tl.program_id(0) * C + tl.arange(0, C)
+        part, columns = tile_of(tl.program_id(0), W, C)
         total = tl.zeros((R, C), tl.float32)
-        for first in tl.range(tl.program_id(1) * ROWS, (tl.program_id(1) + 1) * ROWS, R):
+        for first in tl.range(part * ROWS, (part + 1) * ROWS, R):
             rows = first + tl.arange(0, R)
             at = rows[:, None].to(tl.int64) * W + columns[None, :]
             inside = (rows < M)[:, None] & (columns < W)[None, :]
             total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(sums + tl.program_id(1) * W + columns, tl.sum(total, axis=0), mask=columns < W)
+        tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.kernels import tl, triton
+from modeling.kernels import launch, tl, triton
 
 PROGRAMS = 8
 """Programs of the backward pass on each multiprocessor, each with sums of its own."""
@@ -25,7 +25,8 @@ class Kept:
     """The images of a batch that do not skip a branch.
 
     Attributes:
-        order: (B,) int32, a permutation: where an image stands in the branch, which takes the places below `count`.
+        order: (B,) int32, a permutation: where an image stands in the branch, which takes the places below `count`; the
+            images' own order where all are kept.
         count: K.
     """
 
@@ -78,9 +79,15 @@ def norm_for(x: Tensor, norm: nn.LayerNorm, kept: Kept, branch: Branch | None = 
     return _ResidualNorm.apply(x, *added, norm.weight, norm.bias, norm.eps, kept)
 
 
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The layer norm of all images by itself, in the type of autocast, (B, L, W) -> (B, L, W)."""
+    return norm_for(x, norm, draw_kept(len(x), [0.0], x.device)[0])[1]
+
+
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, out, bias, kept, weight, shift, eps, next_kept):  # type: ignore[override]
+        ctx.set_materialize_grads(False)  # the sum behind the last norm goes nowhere
         x = x.contiguous()
         images, tokens, width = x.shape
         add, norm = out is not None, weight is not None
@@ -96,24 +103,26 @@ class _ResidualNorm(torch.autograd.Function):
         ctx.dtype = out.dtype if add else x.dtype
         branch = (out.contiguous(), bias) if add else (None, None)
         args = (x, *branch, *ctx.places, total, weight, shift, eps, normed, statistics)
-        _forward_kernel[(images * tokens,)](*args, **ctx.sizes, num_warps=2)
+        launch(_forward_kernel, (images * tokens,), *args, **ctx.sizes, num_warps=2)
+        ctx.shape, ctx.stream = x.shape, x.dtype
         ctx.save_for_backward(total if norm else None, weight, statistics)
         return total, normed
 
     @staticmethod
     def backward(ctx: Any, grad_total, grad_normed):  # type: ignore[override]
-        g = grad_total.contiguous()
-        n = None if grad_normed is None else grad_normed.contiguous()
-        images, tokens, width = g.shape
+        g, n = (None if grad is None else grad.contiguous() for grad in (grad_total, grad_normed))
+        images, tokens, width = ctx.shape
         _, count, scale, *_ = ctx.places
-        add, norm = ctx.sizes["ADD"], ctx.sizes["NORM"]
-        grad = torch.empty_like(g)
-        apart = add and (scale != 1 or ctx.dtype != g.dtype)  # otherwise both gradients are one tensor
-        grad_out = g.new_empty(count, tokens, width, dtype=ctx.dtype) if apart else grad
-        programs = min(images * tokens, _programs(g.device))
-        sums = g.new_empty(programs, add + 2 * norm, width, dtype=torch.float32)
+        add, norm = ctx.sizes["ADD"], n is not None
+        like: Tensor = n if g is None else g
+        grad = like.new_empty(ctx.shape, dtype=ctx.stream)
+        apart = add and (scale != 1 or ctx.dtype != ctx.stream)  # otherwise both gradients are one tensor
+        grad_out = like.new_empty(count, tokens, width, dtype=ctx.dtype) if apart else grad
+        programs = min(images * tokens, _programs(like.device))
+        sums = like.new_empty(programs, add + 2 * norm, width, dtype=torch.float32)
         args = (g, n, *ctx.saved_tensors, *ctx.places, grad, grad_out, sums, images * tokens)
-        _backward_kernel[(programs,)](*args, **ctx.sizes, APART=apart, num_warps=1)
+        kind = ctx.sizes | {"NORM": norm, "SUM": g is not None, "APART": apart}
+        launch(_backward_kernel, (programs,), *args, **kind, num_warps=1)
         of_weights = list(sums.sum(0))
         of_bias = of_weights.pop(0) if add else None
         return grad, grad_out if add else None, of_bias, None, *(of_weights or (None, None)), None, None
@@ -131,11 +140,11 @@ def _programs(device: torch.device) -> int:
 if triton is not None:
 
     @triton.jit
-    def _row(row, W: tl.constexpr, C: tl.constexpr):
+    def row_at(row, W: tl.constexpr, C: tl.constexpr):
         """Where the values of a row are, (C,)."""
         return (row + tl.zeros((C,), tl.int64)) * W + tl.arange(0, C)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["count", "next_count"])
     def _forward_kernel(
         x,
         out,
@@ -162,14 +171,14 @@ if triton is not None:
         image, token = row // L, row % L
         at = tl.arange(0, C)
         inside = at < W
-        value = tl.load(x + _row(row, W, C), mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + row_at(row, W, C), mask=inside, other=0.0).to(tl.float32)
         if ADD:
             place = tl.load(order + image)
             if place < count:
-                added = tl.load(out + _row(place * L + token, W, C), mask=inside, other=0.0).to(tl.float32)
+                added = tl.load(out + row_at(place * L + token, W, C), mask=inside, other=0.0).to(tl.float32)
                 value += scale * (added + tl.load(bias + at, mask=inside, other=0.0))
             rounded = value.to(total.dtype.element_ty)
-            tl.store(total + _row(row, W, C), rounded, mask=inside)
+            tl.store(total + row_at(row, W, C), rounded, mask=inside)
             value = rounded.to(tl.float32)
         if NORM:
             place = tl.load(next_order + image)
@@ -181,10 +190,10 @@ if triton is not None:
                 tl.store(statistics + 2 * row + 1, inverse)
                 value = value * inverse * tl.load(weight + at, mask=inside, other=0.0)
                 value += tl.load(shift + at, mask=inside, other=0.0)
-                to = normed + _row(place * L + token, W, C)
+                to = normed + row_at(place * L + token, W, C)
                 tl.store(to, value.to(normed.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["count", "next_count", "rows"])
     def _backward_kernel(
         grad_total,
         grad_normed,
@@ -205,6 +214,7 @@ if triton is not None:
         C: tl.constexpr,
         ADD: tl.constexpr,
         NORM: tl.constexpr,
+        SUM: tl.constexpr,
         APART: tl.constexpr,
     ):
         """One token after the other, and the sums over them for the weights."""
@@ -216,12 +226,14 @@ if triton is not None:
             w = tl.load(weight + at, mask=inside, other=0.0)
         for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
             image, token = row // L, row % L
-            here = _row(row, W, C)
-            g = tl.load(grad_total + here, mask=inside, other=0.0).to(tl.float32)
+            here = row_at(row, W, C)
+            g = tl.zeros((C,), tl.float32)
+            if SUM:
+                g += tl.load(grad_total + here, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 place = tl.load(next_order + image)
                 kept = inside & (place + tl.zeros((C,), tl.int32) < next_count)
-                n = tl.load(grad_normed + _row(place * L + token, W, C), mask=kept, other=0.0).to(tl.float32)
+                n = tl.load(grad_normed + row_at(place * L + token, W, C), mask=kept, other=0.0).to(tl.float32)
                 value = tl.load(total + here, mask=kept, other=0.0).to(tl.float32)
                 mean = tl.load(statistics + 2 * row, mask=place < next_count, other=0.0)
                 inverse = tl.load(statistics + 2 * row + 1, mask=place < next_count, other=0.0)
@@ -237,7 +249,7 @@ if triton is not None:
                     g *= scale
                     of_bias += g
                     if APART:
-                        to = grad_out + _row(place * L + token, W, C)
+                        to = grad_out + row_at(place * L + token, W, C)
                         tl.store(to, g.to(grad_out.dtype.element_ty), mask=inside)
         to = sums + tl.program_id(0) * (ADD + 2 * NORM) * W + at
         if ADD:

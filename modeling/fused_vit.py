@@ -1,0 +1,249 @@
+"""A plain timm ViT in half precision as a chain of matrix products and the kernels of `modeling.kernels`.
+
+    x = embed(patches)                     class token, positions, first norm
+    x, normed = norm1(x)
+    x, normed = norm2(x + attention(normed))
+    x, normed = norm1 of the next block (x + mlp(normed)), and so on
+
+What a block computes is timm's; stochastic depth differs: a branch skips a fixed number of images, chosen anew in every
+step, and does not compute them.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.layers.activations import QuickGELU
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from modeling.block_parts import DropPath, Recomputed
+from modeling.kernels import can_launch
+from modeling.kernels.activation import activated_linear, has_kernel
+from modeling.kernels.attention import prefix_for, tiled_attention
+from modeling.kernels.embedding import embed_tokens
+from modeling.kernels.linear import linear
+from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+"""Relative error up to which the kernels count as right in half precision; theirs is 0.01, as that of torch's own."""
+
+
+def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bool:
+    """Whether `run_blocks` computes what the blocks do, and is faster: under half-precision autocast on a GPU, where
+    the kernels have shown once that they compute what timm's blocks do.
+
+    Args:
+        blocks: of a timm ViT, with nothing but norms, plain attention and an MLP with biases, in float32.
+        num_tokens: L.
+    """
+    if not (can_launch(device) and torch.is_autocast_enabled(device.type)) or torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype(device.type)
+    known = dtype in (torch.bfloat16, torch.float16) and len({kind_of(block) for block in blocks}) == 1
+    kind = kind_of(blocks[0]) if known else None
+    return kind is not None and kernels_agree(kind, num_tokens, dtype, device)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kernels are built for: width of the ViT and of its hidden layers, heads, the bias and the activation."""
+
+    width: int
+    hidden: int
+    heads: int
+    qkv_bias: bool
+    quick: bool
+
+
+def kind_of(block: Any) -> Kind | None:
+    """The kind of a block; None where it has parts that the kernels do not know, or somebody listens to its parts."""
+    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        return None
+    attn, mlp = block.attn, block.mlp
+    norms, drops = (block.norm1, block.norm2), (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
+    layers, act = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), plain_activation(mlp)
+    absent = (block.ls1, block.ls2, mlp.norm, attn.q_norm, attn.k_norm, getattr(attn, "norm", nn.Identity()))
+    plain = (
+        has_kernel(act)
+        and getattr(attn, "gate", None) is None
+        and all(isinstance(part, nn.Identity) for part in absent)
+        and all(isinstance(part, nn.Identity | DropPath) for part in (block.drop_path1, block.drop_path2))
+        and all(dropout.p == 0 for dropout in drops)
+        and all(isinstance(norm, nn.LayerNorm) for norm in norms)
+        and all(type(layer) is nn.Linear for layer in layers)
+        and all(part.bias is not None for part in (*norms, *layers[1:]))
+        and all(part.weight.dtype is torch.float32 for part in (*norms, *layers))
+        and attn.scale == attn.head_dim**-0.5
+        and not any(_is_watched(part) for part in (block, attn, mlp, mlp.act, act, *norms, *layers, *absent, *drops))
+    )
+    if not plain:
+        return None
+    bias = attn.qkv.bias is not None
+    return Kind(attn.qkv.in_features, mlp.fc1.out_features, attn.num_heads, bias, isinstance(act, QuickGELU))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody listens to a module by a hook."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def plain_activation(mlp: Any) -> nn.Module:
+    """The activation of an MLP, without what makes it again in the backward pass of compiled code."""
+    return mlp.act.act if isinstance(mlp.act, Recomputed) else mlp.act
+
+
+def can_embed(vit: Any) -> bool:
+    """Whether `embed` computes what a ViT does between patch embedding and blocks."""
+    norm = vit.norm_pre
+    return (
+        vit.num_prefix_tokens == 1
+        and vit.cls_token is not None
+        and getattr(vit, "reg_token", None) is None
+        and vit.pos_embed is not None
+        and not getattr(vit, "no_embed_class", False)
+        and not getattr(vit, "dynamic_img_size", False)
+        and vit.pos_drop.p == 0
+        and isinstance(vit.patch_drop, nn.Identity)
+        and (isinstance(norm, nn.Identity) or (isinstance(norm, nn.LayerNorm) and norm.bias is not None))
+    )
+
+
+def embed(vit: Any, patches: Tensor, class_tokens: Tensor) -> Tensor:
+    """Embedded patches (B, N, W) and class tokens (B, W) -> tokens (B, L, W) with positions and norm, for a ViT that
+    `can_embed`, in bf16 under autocast to it, so that the residual stream is no wider than what blocks add to it."""
+    norm = None if isinstance(vit.norm_pre, nn.Identity) else vit.norm_pre
+    return embed_tokens(patches, class_tokens, vit.pos_embed[0], norm, stream_type(patches.device))
+
+
+def stream_type(device: torch.device) -> torch.dtype:
+    """The type of the tokens between blocks: that of autocast to bf16, else float32, as the range of fp16 is small."""
+    dtype = torch.get_autocast_dtype(device.type)
+    return dtype if torch.is_autocast_enabled(device.type) and dtype is torch.bfloat16 else torch.float32
+
+
+def run_blocks(blocks: Sequence[Any], tokens: Tensor) -> Tensor:
+    """Blocks that `can_fuse`, under autocast, (B, L, W) -> (B, L, W)."""
+    drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
+    rates = [drop.rate if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
+    return run_kept(blocks, tokens, draw_kept(len(tokens), rates, tokens.device))
+
+
+def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Tensor:
+    """`run_blocks`, told which images each branch keeps: two branches a block."""
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    layers = [layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
+    x, normed = norm_for(tokens, norms[0], kept[0])
+    for i, last in enumerate(layers):
+        block = blocks[i // 2]
+        out = _attention(block.attn, normed) if i % 2 == 0 else _mlp(block.mlp, normed)
+        branch = Branch(out, last.bias, kept[i])
+        if i + 1 < len(layers):
+            x, normed = norm_for(x, norms[i + 1], kept[i + 1], branch)
+    return add_branch(x, branch)
+
+
+def _attention(attn: Any, x: Tensor) -> Tensor:
+    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W)."""
+    qkv = linear(x, attn.qkv.weight, attn.qkv.bias)
+    if prefix := prefix_for(x.shape[1], attn.head_dim, x.device):
+        out = tiled_attention(qkv, attn.num_heads, prefix)
+    else:
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return linear(out, attn.proj.weight)
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """MLP without the bias of its last layer, (B, L, W) -> (B, L, W)."""
+    return activated_linear(linear(x, mlp.fc1.weight), mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp))
+
+
+@functools.cache
+def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a small ViT of that kind has the output and the gradients of timm's in float32, to `TOLERANCE`. Tried
+    once; where it does not, the log says why."""
+    try:
+        errors = relative_errors(kind, num_tokens, dtype, device)
+        faults = [f"{name} differs by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE]
+    except Exception as error:  # such as no C compiler, or a card that Triton does not know
+        told = str(error).strip().splitlines() or [""]
+        faults = [f"{type(error).__name__}: {told[-1]}"]
+    if faults:
+        log.warning("blocks are not fused, so the backbone is slower: %s", "; ".join(faults[:3]))
+    return not faults
+
+
+def relative_errors(
+    kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, *, fused: bool = True, images: int = 8
+) -> dict[str, float]:
+    """|found - expected| / |expected| of the output and of every gradient, by name, of a random ViT of two blocks, of
+    which some images skip branches.
+
+    Args:
+        dtype: autocast type; float32 for none.
+        fused: False tells the errors of timm's own modules under autocast.
+        images: in the batch, four at least.
+
+    What is expected are timm's modules in float32.
+    """
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.inference_mode(False), torch.enable_grad(), own_random_state:
+        torch.manual_seed(0)
+        vit = _small_vit(kind, noise).to(device)
+        patches = noise(images, num_tokens - 1, kind.width)
+        class_tokens, positions = noise(images, kind.width), noise(num_tokens, kind.width)
+        inputs = {"patches": patches, "class tokens": class_tokens, "positions": positions}
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()} | dict(vit.named_parameters())
+        kept = draw_kept(images, [0.0, 0.25, 0.25, 0.0], device)
+        grad = noise(images, num_tokens, kind.width)
+
+        def differentiated(precision: torch.dtype, fused: bool) -> list[Tensor]:
+            with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
+                if fused:
+                    x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], stream_type(device))
+                    out = layer_norm(run_kept(vit["blocks"], x, kept), vit["norm"])
+                else:
+                    x = vit["norm"](torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions)
+                    out = vit["norm"](_as_written(vit["blocks"], x.to(stream_type(device)), kept))
+            return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
+
+        found, expected = differentiated(dtype, fused), differentiated(torch.float32, False)
+    pairs = zip(["output", *leaves], found, expected, strict=True)
+    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
+
+
+def _small_vit(kind: Kind, noise: Callable[..., Tensor]) -> nn.ModuleDict:
+    """Two blocks and a norm, with weights from `noise`."""
+    act, ratio = (QuickGELU if kind.quick else nn.GELU), kind.hidden / kind.width
+    blocks = [Block(kind.width, kind.heads, ratio, kind.qkv_bias, act_layer=act) for _ in range(2)]
+    vit = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "norm": nn.LayerNorm(kind.width)})
+    for name, parameter in vit.named_parameters():
+        matrix = parameter.dim() == 2
+        centre, spread = float("norm" in name and "weight" in name), parameter.shape[1] ** -0.5 if matrix else 0.1
+        parameter.data = centre + spread * noise(*parameter.shape)
+    return vit
+
+
+def _as_written(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Tensor:
+    """What `run_kept` computes, by timm's own modules."""
+    for i, drawn in enumerate(kept):
+        block = blocks[i // 2]
+        branch = block.mlp(block.norm2(tokens)) if i % 2 else block.attn(block.norm1(tokens))
+        there = (drawn.order < drawn.count) * drawn.scale
+        tokens = tokens + there[:, None, None] * branch
+    return tokens

@@ -1,0 +1,63 @@
+"""Compiles the kernels that a step of ViT-B/16 launches, for an architecture and without a card.
+
+python -m tests.compiled_kernels 80        one line a kernel: its name and the shared memory that it takes, in bytes
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from timm.layers.activations import QuickGELU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling import fused_vit
+from modeling.kernels import activation, attention, embedding, linear, residual
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+def launches() -> dict[str, tuple[Any, tuple, dict]]:
+    """Name of each kernel -> kernel, arguments and options with which a pass and its gradient launch it first."""
+    seen: dict[str, tuple[Any, tuple, dict]] = {}
+
+    def remember(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        if options.get("ADD", True):  # between a branch and a norm a kernel does all that it can
+            seen.setdefault(name, (kernel, args, options))
+
+    for module in (activation, attention, embedding, linear, residual):
+        module.launch = remember
+    blocks = nn.ModuleList([Block(768, 12, qkv_bias=True, act_layer=QuickGELU) for _ in range(2)])
+    norm = nn.LayerNorm(768)
+    patches, class_tokens = torch.zeros(2, 128, 768, dtype=torch.bfloat16), torch.zeros(2, 768)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = fused_vit.embed_tokens(patches, class_tokens, nn.Parameter(torch.zeros(129, 768)), norm, patches.dtype)
+        out = fused_vit.run_blocks(blocks, tokens)
+    out.sum().backward()
+    return seen
+
+
+def compiled(kernel: Any, args: tuple, options: dict, architecture: int) -> Any:
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    constants = {name: v for name, v in values.items() if v is None or name.isupper()}
+    signature = {name: "constexpr" if name in constants else _type(v) for name, v in values.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(values) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    given = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=given)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+if __name__ == "__main__":
+    for name, launch in launches().items():
+        print(name, compiled(*launch, int(sys.argv[1])).metadata.shared, flush=True)

@@ -1,0 +1,204 @@
+"""A ViT chained of kernels, under Triton's interpreter, against timm's blocks; where it is used, and where not."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from timm.layers.activations import QuickGELU
+from timm.models.vision_transformer import Block, ParallelThingsBlock
+from torch import nn
+
+from modeling import fused_vit
+from modeling.backbone import Backbone
+from modeling.block_parts import use_drop_path
+from modeling.fused_vit import Kind, can_embed, kernels_agree, kind_of, relative_errors, run_blocks
+from modeling.kernels import activation, linear, residual, triton
+from modeling.kernels.residual import Kept, draw_kept
+
+pytestmark = pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
+
+CPU = torch.device("cpu")
+SMALL = Kind(width=16, hidden=40, heads=1, qkv_bias=True, quick=True)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(residual, "PROGRAMS", 3)
+    monkeypatch.setattr(linear, "ROWS", 128)
+    monkeypatch.setattr(linear, "CHUNK", 64)
+    monkeypatch.setattr(activation, "FORWARD", {"ROWS": 64, "C": 64, "R": 64})
+    monkeypatch.setattr(activation, "BACKWARD", {"ROWS": 64, "C": 64, "R": 64})
+
+
+@pytest.mark.parametrize(("act", "rates"), [(QuickGELU, (0.0, 0.0)), (nn.GELU, (0.0, 0.3))])
+def test_blocks_are_timm_s(monkeypatch, act, rates):
+    """Also where a block that all images pass stands before one that some skip."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Block(48, 3, qkv_bias=True, act_layer=act, drop_path=rate) for rate in rates])
+    use_drop_path(nn.ModuleDict({"blocks": blocks}))
+    for p in blocks.parameters():
+        nn.init.normal_(p, std=0.2)
+    kept = []
+    monkeypatch.setattr(fused_vit, "draw_kept", lambda *args: kept.extend(draw_kept(*args)) or kept)
+    x, grad = torch.randn(5, 7, 48, requires_grad=True), torch.randn(5, 7, 48)
+    leaves = [x, *blocks.parameters()]
+    out = run_blocks(blocks, x)
+    found = torch.autograd.grad(out, leaves, grad)
+
+    assert [k.count for k in kept] == ([5, 5, 5, 5] if not any(rates) else [5, 5, 3, 3])
+    expected = x
+    for i, k in enumerate(kept):
+        block = blocks[i // 2]
+        branch = block.mlp(block.norm2(expected)) if i % 2 else block.attn(block.norm1(expected))
+        there = (k.order < k.count) * 5 / k.count
+        expected = expected + there[:, None, None] * branch
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_evaluation_skips_nothing():
+    blocks = nn.ModuleList([Block(48, 3, drop_path=0.5, qkv_bias=True)])
+    use_drop_path(nn.ModuleDict({"blocks": blocks}))
+    blocks.eval()
+    x = torch.randn(4, 7, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(run_blocks(blocks, x), blocks[0](x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 0.01)])
+def test_the_check_s_errors_are_those_of_the_arithmetic(dtype, largest):
+    errors = relative_errors(SMALL, 7, dtype, CPU, images=4)
+    assert max(errors.values()) < largest, errors
+    assert {"output", "patches", "class tokens", "positions", "blocks.1.mlp.fc2.bias", "norm.weight"} < errors.keys()
+
+
+def scrambled(size, rates, device):
+    """The fault that this check is for: all images are kept, in an order that the gradient does not know of."""
+    torch.manual_seed(1)
+    return [Kept(torch.randperm(size).int(), k.count) for k in draw_kept(size, rates, device)]
+
+
+def test_a_wrong_gradient_is_found_and_blocks_are_then_not_fused(monkeypatch, caplog):
+    few_images = functools.partial(relative_errors, images=4)
+    monkeypatch.setattr(fused_vit, "relative_errors", few_images)
+    kernels_agree.cache_clear()
+    assert kernels_agree(SMALL, 7, torch.float32, CPU)
+    kernels_agree.cache_clear()
+    monkeypatch.setattr(fused_vit, "draw_kept", scrambled)
+    with caplog.at_level(logging.WARNING):
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
+    assert len(caplog.messages) == 1 and "blocks are not fused, so the backbone is slower: " in caplog.text
+    assert "patches differs by " in caplog.text
+    kernels_agree.cache_clear()
+
+
+def test_kernels_that_do_not_run_are_told_and_done_without(monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("no C compiler found\nset CC")
+
+    monkeypatch.setattr(fused_vit, "layer_norm", broken)
+    kernels_agree.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
+    assert "RuntimeError: set CC" in caplog.text
+    kernels_agree.cache_clear()
+
+
+def test_the_check_takes_no_random_numbers_and_leaves_gradients_alone_in_inference_too():
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert relative_errors(SMALL, 7, torch.float32, CPU, images=4)["output"] < 1e-5
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """As if the CPU were a GPU whose kernels have been checked; what `can_fuse` says of a backbone there."""
+    monkeypatch.setattr(fused_vit, "can_launch", lambda device: True)
+    monkeypatch.setattr(fused_vit, "kernels_agree", lambda *args: True)
+
+    def ask(backbone, dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return backbone.fuses(9, CPU)
+
+    return ask
+
+
+def tiny(name="vit_tiny_patch16_224", **kwargs):
+    return Backbone(name, img_size=(64, 32), depth=2, **kwargs)
+
+
+def test_blocks_are_fused_in_half_precision_alone(pretend):
+    backbone = tiny(drop_path=0.2)
+    assert pretend(backbone) and pretend(backbone, torch.float16) and not pretend(backbone, None)
+    assert not pretend(tiny(fused=False))
+    assert not pretend(backbone.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
+def test_other_kinds_of_blocks_are_left_to_timm(pretend, name):
+    assert not pretend(tiny(name))
+
+
+def replace_qkv(block):
+    block.attn.qkv = nn.Sequential(block.attn.qkv)
+
+
+def listen(block):
+    block.mlp.fc1.register_forward_hook(lambda module, args, out: None)
+
+
+def drop(block):
+    block.attn.proj_drop.p = 0.1
+
+
+def parallel(block):
+    block.__class__ = ParallelThingsBlock
+
+
+def norm_queries(block):
+    block.attn.q_norm = nn.LayerNorm(64)
+
+
+@pytest.mark.parametrize("change", [replace_qkv, listen, drop, parallel, norm_queries])
+def test_a_block_with_a_part_that_no_kernel_knows_is_left_to_timm(pretend, change):
+    backbone = tiny()
+    change(backbone.vit.blocks[1])
+    assert not pretend(backbone)
+
+
+def test_kinds_tell_what_shapes_the_kernels():
+    assert kind_of(tiny().vit.blocks[0]) == Kind(192, 768, 3, True, False)
+    assert kind_of(Backbone("ViT-B-16", img_size=(32, 16), depth=1).vit.blocks[0]) == Kind(768, 3072, 12, True, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "can"), [("ViT-B-16", True), ("vit_tiny_patch16_224", True), ("vit_small_patch14_reg4_dinov2", False)]
+)
+def test_which_embeddings_have_a_kernel(name, can):
+    assert can_embed(Backbone(name, img_size=(56, 28) if "14" in name else (32, 16), depth=1).vit) is can
+
+
+@pytest.mark.parametrize(
+    ("name", "cameras"), [("ViT-B-16", 3), ("vit_tiny_patch16_224", 0), ("vit_tiny_patch16_224", 2)]
+)
+@pytest.mark.parametrize("camid", [None, torch.tensor([0, 1])])
+def test_a_fused_backbone_is_the_one_as_written(pretend, monkeypatch, name, cameras, camid):
+    """From images to patches and global, with the gradients of all weights."""
+    torch.manual_seed(0)
+    backbone = Backbone(name, img_size=(32, 32), depth=1, num_cameras=cameras)
+    x, weights = torch.randn(2, 3, 32, 32), [p for p in backbone.parameters() if p.requires_grad]
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(fused_vit, "can_fuse", lambda *args, fused=fused: fused)
+        patches, global_ = backbone(x, camid)
+        torch.manual_seed(1)
+        loss = (patches * torch.randn_like(patches)).sum() + (global_ * torch.randn_like(global_)).sum()
+        results.append([patches, global_, *torch.autograd.grad(loss, weights, allow_unused=True)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
