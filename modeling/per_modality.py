@@ -1,24 +1,69 @@
 """Layers of which each modality has its own, applied to all of them at once: one batched operation instead of three."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PARTS = 32
+"""Parts of the rows by which the gradient of a weight is summed up on a GPU, at most."""
+MANY_ROWS = 2048
+"""Rows from which that is worth it."""
+
 
 def linear(layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
     """Each modality's own layer, (M, ..., C) -> (M, ..., D), as one batched product."""
     layers = list(layers)
-    out = x.flatten(1, -2) @ torch.stack([layer.weight for layer in layers]).transpose(1, 2)
-    if layers[0].bias is not None:
-        out = out + torch.stack([layer.bias for layer in layers]).unsqueeze(1).to(out.dtype)
+    weight = torch.stack([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.stack([layer.bias for layer in layers])
+    return _linear(x, weight, bias)
+
+
+def norm_linear(norms: Iterable[nn.LayerNorm], layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
+    """Each modality's own norm and its own layer behind it, (M, ..., C) -> (M, ..., D).
+
+    Scale and shift of the norm act on the layer's weights: W (n * x + s) + b = (W * n) x + (W s + b), which are few
+    beside the tokens.
+    """
+    norms, layers = list(norms), list(layers)
+    scale, shift = (torch.stack([getattr(norm, name) for norm in norms]).unsqueeze(1) for name in ("weight", "bias"))
+    weight = torch.stack([layer.weight for layer in layers])
+    bias = torch.stack([layer.bias for layer in layers]) + (weight * shift).sum(-1)
+    return _linear(F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight * scale, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, ..., C), weight (M, D, C), bias (M, D) -> (M, ..., D)."""
+    rows = x.flatten(1, -2)
+    out = _ManyRows.apply(rows, weight) if _has_many_rows(rows) else rows @ weight.transpose(1, 2)
+    if bias is not None:
+        out = out + bias.unsqueeze(1).to(out.dtype)
     return out.unflatten(1, x.shape[1:-1])
 
 
-def layer_norm(layers: Iterable[nn.LayerNorm], x: Tensor) -> Tensor:
-    """Each modality's own layer, (M, ..., C) -> (M, ..., C)."""
-    layers = list(layers)
-    shape = (len(layers), *[1] * (x.dim() - 2), x.shape[-1])
-    weight, bias = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    return F.layer_norm(x, x.shape[-1:], eps=layers[0].eps) * weight.view(shape) + bias.view(shape)
+def _has_many_rows(rows: Tensor) -> bool:
+    """Whether `_ManyRows` is faster: on a GPU, in the precision that is given."""
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(rows.device.type)
+    return rows.is_cuda and plain and rows.shape[1] >= MANY_ROWS
+
+
+class _ManyRows(torch.autograd.Function):
+    """x @ weight^T of (M, R, C) and (M, D, C), whose gradient of the weight is summed up in parts of the rows.
+
+    It is a small matrix, a sum over thousands of rows: as one product, a few multiprocessors do all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return x @ weight.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        parts = (math.gcd(PARTS, x.shape[1]), -1)
+        of_parts = grad.unflatten(1, parts).transpose(2, 3) @ x.unflatten(1, parts)  # (M, parts, D, C)
+        return grad @ weight, of_parts.sum(1)

@@ -11,7 +11,7 @@ from timm.layers.activations import quick_gelu
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from modeling.per_modality import layer_norm, linear
+from modeling.per_modality import norm_linear
 from utils.modalities import MODALITIES
 
 
@@ -67,8 +67,8 @@ class Reduce(nn.ModuleDict):
         super().__init__({m: _ReduceLayers(embed_dim) for m in MODALITIES})
 
     def forward(self, globals_: Tensor, local: Tensor) -> Tensor:
-        x = layer_norm((own.norm for own in self.values()), torch.cat([globals_, local], dim=-1))
-        return quick_gelu(linear((own.linear for own in self.values()), x))
+        x = torch.cat([globals_, local], dim=-1)
+        return quick_gelu(norm_linear((own.norm for own in self.values()), (own.linear for own in self.values()), x))
 
 
 class _ReduceLayers(nn.Module):

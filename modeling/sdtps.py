@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.per_modality import layer_norm, linear
+from modeling.per_modality import linear, norm_linear
 from modeling.regions import is_compiled
 from utils.modalities import MODALITIES
 
@@ -151,7 +151,7 @@ def mix_tokens(aggregators: Iterable[TokenAggregator], tokens: Tensor, importanc
         (M, B, A, C)
     """
     parts = list(aggregators)
-    hidden = F.gelu(linear((part.fc1 for part in parts), layer_norm((part.norm for part in parts), tokens)))
+    hidden = F.gelu(norm_linear((part.norm for part in parts), (part.fc1 for part in parts), tokens))
     scale = torch.stack([part.scale for part in parts])[:, None, None, None]
     logits = scale * linear((part.fc2 for part in parts), hidden)  # (M, B, K, A)
     if importance is not None:
@@ -245,6 +245,7 @@ class SDTPS(nn.Module):
         """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""
         if v.shape[2] != self.num_patches:
             raise ValueError(f"got {v.shape[2]} patch tokens, this SDTPS was built for {self.num_patches}")
+        v = _at_least_float32(v)  # once for both halves
         choice = self.decide(v, g, present)
         return self.aggregate(v, choice, present)
 

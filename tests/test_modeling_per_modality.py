@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.per_modality import layer_norm, linear
+from modeling import per_modality
+from modeling.per_modality import linear, norm_linear
 
 M, C, D = 3, 6, 4
 
@@ -25,10 +26,30 @@ def test_linear_is_each_modality_s_own(shape, bias):
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5)])
-def test_layer_norm_is_each_modality_s_own(shape):
-    own, x = layers(nn.LayerNorm, C, eps=1e-3), torch.randn(M, *shape, C)
+def test_norm_and_linear_are_each_modality_s_own(shape):
+    norms, own, x = layers(nn.LayerNorm, C, eps=1e-3), layers(nn.Linear, C, D), torch.randn(M, *shape, C)
+    expected = torch.stack([layer(norm(part)) for norm, layer, part in zip(norms, own, x, strict=True)])
+    found = norm_linear(norms, own, x)
+    torch.testing.assert_close(found, expected)
+    parameters = [p for layer in norms + own for p in layer.parameters()]
+    grad = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, parameters, grad), torch.autograd.grad(expected, parameters, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows", [6, 7])  # by parts of half of them; 7 cannot be divided
+def test_gradients_in_parts_are_the_gradients(monkeypatch, rows):
+    monkeypatch.setattr(per_modality, "_has_many_rows", lambda x: True)
+    monkeypatch.setattr(per_modality, "PARTS", 2)
+    own, x = layers(nn.Linear, C, D), torch.randn(M, rows, C, requires_grad=True)
+    leaves = [x, *(p for layer in own for p in layer.parameters())]
     expected = torch.stack([layer(part) for layer, part in zip(own, x, strict=True)])
-    torch.testing.assert_close(layer_norm(own, x), expected)
+    found, grad = linear(own, x), torch.randn(M, rows, D)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_under_autocast_products_stay_in_half_precision_as_in_torch_s_own_layer():
