@@ -38,17 +38,7 @@ def compile_training(
     Returns:
         Whether the regions are compiled.
     """
-    device = next(model.parameters()).device
-    wanted = cfg.SOLVER.COMPILE
-    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
-        return False
-    if wanted == "auto" and cfg.SOLVER.DETERMINISTIC:
-        log.info(
-            "not compiled: SOLVER.DETERMINISTIC asks for the same numbers in every run (SOLVER.COMPILE on forces it)"
-        )
-        return False
-    if wanted == "auto" and not pays_in_training(cfg, model, dtype):
-        log.info("not compiled: the fused blocks leave little to gain by it (SOLVER.COMPILE on forces it)")
+    if not should_compile(cfg, model, dtype):
         return False
     start = time.perf_counter()
     # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
@@ -67,16 +57,34 @@ def compile_training(
     return True
 
 
-def pays_in_training(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None) -> bool:
-    """Whether compiling saves more than it takes in runs of usual length.
+def should_compile(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None) -> bool:
+    """Whether SOLVER.COMPILE asks for compiled regions; the log says why `auto` leaves a GPU without them.
 
-    Where blocks are fused and steps replayed it takes some 30 s at the start and saves 0.02 ms a triple: only more than
-    a million of them would pay (ViT-B/16 on one H200).
+    Args:
+        dtype: autocast type, None for float32.
     """
-    backbone, device = model.backbone, next(model.parameters()).device
+    wanted, backbone, device = cfg.SOLVER.COMPILE, model.backbone, next(model.parameters()).device
+    if wanted != "auto":
+        return wanted == "on"
+    if device.type != "cuda":
+        return False
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         fused = backbone.fuses(backbone.vit.num_prefix_tokens + backbone.num_patches, device)
-    return not (fused and cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device))
+    if reason := reason_against(cfg, fused, device):
+        log.info("not compiled: %s (SOLVER.COMPILE on forces it)", reason)
+    return not reason
+
+
+def reason_against(cfg: CfgNode, fused: bool, device: torch.device) -> str:
+    """Why a GPU is left without compiled regions; "" where they pay.
+
+    Where blocks are fused and steps replayed, compiling takes some 30 s at the start and saves 0.02 ms a triple: only
+    more than a million of them would pay (ViT-B/16 on one H200).
+    """
+    if cfg.SOLVER.DETERMINISTIC:
+        return "SOLVER.DETERMINISTIC asks for the same numbers in every run"
+    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device)
+    return "the fused blocks leave little to gain by it" if fused and replayed else ""
 
 
 def pays_in_evaluation(cfg: CfgNode, triples: int) -> bool:

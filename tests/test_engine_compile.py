@@ -9,7 +9,7 @@ import torch
 import engine.compile
 import train_net
 from engine import processor
-from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation, pays_in_training
+from engine.compile import EVALUATION_PAYS, compile_training, pays_in_evaluation, reason_against
 from modeling import make_model, regions
 from modeling.regions import is_compiled, uncompiled
 from solver import make_loss
@@ -64,11 +64,19 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
     assert model(images, torch.tensor([0, 1])).logits
 
 
-def test_training_is_compiled_unless_blocks_are_fused_and_steps_replayed(tiny_cfg, monkeypatch):
-    for fused, replayed, pays in ((True, True, False), (False, True, True), (True, False, True)):
-        cfg, model, _ = built(tiny_cfg, "SOLVER.AMP", "bf16", "SOLVER.CUDA_GRAPH", str(replayed))
-        monkeypatch.setattr(model.backbone, "fuses", lambda tokens, device, fused=fused: fused)
-        assert pays_in_training(cfg, model, torch.bfloat16) is pays
+@pytest.mark.parametrize(
+    ("fused", "opts", "against"),
+    [
+        (True, (), "fused blocks"),
+        (False, (), ""),
+        (True, ("SOLVER.CUDA_GRAPH", "False"), ""),
+        (True, ("SOLVER.GRAD_CHECKPOINT", "True"), ""),  # steps are not replayed
+        (False, ("SOLVER.DETERMINISTIC", "True"), "SOLVER.DETERMINISTIC"),
+    ],
+)
+def test_a_gpu_is_compiled_for_unless_blocks_are_fused_and_steps_replayed(tiny_cfg, fused, opts, against):
+    reason = reason_against(tiny_cfg("SOLVER.AMP", "bf16", *opts), fused, torch.device("cuda", 0))
+    assert against in reason and bool(reason) is bool(against)
 
 
 def test_evaluation_is_compiled_where_a_run_evaluates_enough(tiny_cfg):

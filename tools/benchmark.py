@@ -29,7 +29,7 @@ from yacs.config import CfgNode
 
 from configs import load_cfg
 from data import Batch, make_dataloader
-from engine.compile import compile_training
+from engine.compile import compile_training, should_compile
 from engine.device import autocast_dtype, select_device
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
@@ -169,7 +169,7 @@ def time_evaluation(cfg: CfgNode, repeats: int) -> Row:
     device = select_device(cfg.MODEL.DEVICE)
     data = make_dataloader(cfg, train=False)
     model = make_model(cfg, num_classes=IDS, num_cameras=data.num_cameras, pretrained=False).to(device).eval()
-    if device.type == "cuda" and cfg.SOLVER.COMPILE != "off":
+    if should_compile(cfg, model, autocast_dtype(cfg.SOLVER.AMP, device)):
         compile_regions(model)
     rates = []
     for i in range(repeats + 2):
