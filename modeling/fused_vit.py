@@ -156,7 +156,7 @@ def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Ten
 def _attention(attn: Any, x: Tensor) -> Tensor:
     """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W)."""
     qkv = linear(x, attn.qkv.weight, attn.qkv.bias)
-    if prefix := prefix_for(x.shape[1], attn.head_dim, x.device):
+    if prefix := prefix_for(x.shape[1], attn.num_heads, attn.head_dim, qkv.dtype, x.device):
         out = tiled_attention(qkv, attn.num_heads, prefix)
     else:
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -202,7 +202,8 @@ def relative_errors(
         return torch.randn(shape, device=device)
 
     own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.inference_mode(False), torch.enable_grad(), own_random_state:
+    as_asked = torch.autocast(device.type, enabled=False)  # whatever stands around: backward passes hear of it too
+    with torch.inference_mode(False), torch.enable_grad(), own_random_state, as_asked:
         torch.manual_seed(0)
         vit = _small_vit(kind, noise).to(device)
         patches = noise(images, num_tokens - 1, kind.width)

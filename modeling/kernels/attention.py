@@ -10,7 +10,8 @@ that nothing is copied.
 Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
-import math
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,28 +25,41 @@ QUERIES = 64
 """Queries that the forward pass takes at a time."""
 REGISTERS = 168
 """Registers a thread of it, so that three programs share a multiprocessor."""
-SHARED = {32: 32_000, 64: 80_000, 128: 160_000}
-"""Patches -> bytes of a multiprocessor's shared memory that the backward pass needs, on any card."""
-SHARED_AHEAD = 231_000
-"""Bytes with which it can fetch ahead, as on an H100."""
+PATCHES = (32, 64, 128)
+AHEAD = (3, 1)
+"""How many images and heads a program of the backward pass may hold at once; the first for which a card's shared memory
+is enough is used: an H100's is for three, an A100's for one, that of an RTX 4090 for none over 128 patches."""
 
 
-def prefix_for(num_tokens: int, head_dim: int, device: torch.device) -> int:
+def prefix_for(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many of the tokens count as prefix, those beyond a power of two; 0 where no kernel fits, or not on this
     card."""
-    if head_dim not in HEAD_DIMS:
-        return 0
-    for patches, needed in SHARED.items():
-        if 1 <= num_tokens - patches <= MAX_PREFIX and needed <= _shared_memory(device):
-            return num_tokens - patches
-    return 0
+    prefixes = (num_tokens - patches for patches in PATCHES if 1 <= num_tokens - patches <= MAX_PREFIX)
+    prefix = next(prefixes, 0) if head_dim in HEAD_DIMS else 0
+    return prefix if prefix and images_at_once(num_tokens, prefix, num_heads, head_dim, dtype, device) else 0
 
 
-def _shared_memory(device: torch.device) -> float:
-    """Bytes of shared memory that a program may have; without end where kernels are interpreted."""
+@functools.cache
+def images_at_once(
+    num_tokens: int, num_prefix: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """The first of `AHEAD` that fits a card, 0 if none does: found by trying, once."""
     if device.type != "cuda":
-        return math.inf
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return AHEAD[-1]
+    qkv = torch.zeros(1, num_tokens, 3 * num_heads * head_dim, dtype=dtype, device=device)
+    sizes = _sizes(qkv, num_heads, num_prefix)
+    return first_that_fits(lambda ahead: _launch_gradient(qkv, qkv[..., : num_heads * head_dim], sizes, ahead))
+
+
+def first_that_fits(attempt: Callable[[int], object]) -> int:
+    """The first of `AHEAD` with which a launch does not ask for more than a card has; 0 if there is none."""
+    for ahead in AHEAD:
+        try:
+            attempt(ahead)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        return ahead
+    return 0
 
 
 def tiled_attention(qkv: Tensor, num_heads: int, num_prefix: int) -> Tensor:
@@ -67,25 +81,33 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv, num_heads, num_prefix):  # type: ignore[override]
         qkv = qkv.contiguous()
         ctx.save_for_backward(qkv)
-        head_dim = qkv.shape[2] // 3 // num_heads
-        ctx.sizes = {"P": num_prefix, "N": qkv.shape[1] - num_prefix, "H": num_heads, "D": head_dim}
-        out = qkv.new_empty(*qkv.shape[:2], num_heads * head_dim)
-        options = {"R": min(QUERIES, ctx.sizes["N"]), "num_warps": 4, "maxnreg": REGISTERS}
-        launch(_attend_kernel, (len(qkv) * num_heads,), qkv, out, head_dim**-0.5, **ctx.sizes, **options)
+        ctx.sizes = sizes = _sizes(qkv, num_heads, num_prefix)
+        out = qkv.new_empty(*qkv.shape[:2], num_heads * sizes["D"])
+        options = {"R": min(QUERIES, sizes["N"]), "num_warps": 4, "maxnreg": REGISTERS}
+        launch(_attend_kernel, (len(qkv) * num_heads,), qkv, out, sizes["D"] ** -0.5, **sizes, **options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out):  # type: ignore[override]
         (qkv,), sizes = ctx.saved_tensors, ctx.sizes
-        grad = torch.empty_like(qkv)
-        tasks, ahead = len(qkv) * sizes["H"], 1
-        programs = tasks
-        if qkv.is_cuda and _shared_memory(qkv.device) >= SHARED_AHEAD:
-            programs = min(tasks, torch.cuda.get_device_properties(qkv.device).multi_processor_count)
-            ahead = 3
-        args = (qkv, grad_out.contiguous(), grad, tasks, sizes["D"] ** -0.5)
-        launch(_gradient_kernel, (programs,), *args, **sizes, AHEAD=ahead, num_warps=8)
-        return grad, None, None
+        ahead = images_at_once(qkv.shape[1], sizes["P"], sizes["H"], sizes["D"], qkv.dtype, qkv.device)
+        return _launch_gradient(qkv, grad_out, sizes, ahead), None, None
+
+
+def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, int]:
+    num_patches, head_dim = qkv.shape[1] - num_prefix, qkv.shape[2] // 3 // num_heads
+    return {"P": num_prefix, "N": num_patches, "H": num_heads, "D": head_dim}
+
+
+def _launch_gradient(qkv: Tensor, grad_out: Tensor, sizes: dict[str, int], ahead: int) -> Tensor:
+    """Gradient of the joint projection, by a program for each image and head, or by as many as run side by side."""
+    grad = torch.empty_like(qkv)
+    programs = tasks = len(qkv) * sizes["H"]
+    if ahead > 1:
+        programs = min(tasks, torch.cuda.get_device_properties(qkv.device).multi_processor_count)
+    args = (qkv, grad_out.contiguous(), grad, tasks, sizes["D"] ** -0.5)
+    launch(_gradient_kernel, (programs,), *args, **sizes, AHEAD=ahead, num_warps=8)
+    return grad
 
 
 if triton is not None:
