@@ -33,8 +33,8 @@ from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.05
-"""Relative error up to which the kernels count as right in half precision; theirs is 0.01, as that of torch's own."""
+TOLERANCE = 0.02
+"""Relative error up to which the kernels count as right in half precision, beyond twice that of timm's own modules."""
 
 
 def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bool:
@@ -48,8 +48,10 @@ def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bo
     if not (can_launch(device) and torch.is_autocast_enabled(device.type)) or torch.compiler.is_compiling():
         return False
     dtype = torch.get_autocast_dtype(device.type)
-    known = dtype in (torch.bfloat16, torch.float16) and len({kind_of(block) for block in blocks}) == 1
-    kind = kind_of(blocks[0]) if known else None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kinds = {kind_of(block) for block in blocks}
+    kind = kinds.pop() if len(kinds) == 1 else None
     return kind is not None and kernels_agree(kind, num_tokens, dtype, device)
 
 
@@ -83,6 +85,7 @@ def kind_of(block: Any) -> Kind | None:
         and all(part.bias is not None for part in (*norms, *layers[1:]))
         and all(part.weight.dtype is torch.float32 for part in (*norms, *layers))
         and attn.scale == attn.head_dim**-0.5
+        and attn.head_dim * attn.num_heads == attn.qkv.in_features
         and not any(_is_watched(part) for part in (block, attn, mlp, mlp.act, act, *norms, *layers, *absent, *drops))
     )
     if not plain:
@@ -171,11 +174,21 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 @functools.cache
 def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a small ViT of that kind has the output and the gradients of timm's in float32, to `TOLERANCE`. Tried
-    once; where it does not, the log says why."""
+    """Whether a small ViT of that kind has the output and the gradients of timm's in float32, about as well as timm's
+    own in half precision. Tried once; where it does not, the log says why.
+
+    Raises:
+        torch.OutOfMemoryError: nothing is known then, and the next call tries again.
+    """
     try:
-        errors = relative_errors(kind, num_tokens, dtype, device)
-        faults = [f"{name} differs by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE]
+        errors = relative_errors(kind, num_tokens, dtype, device, images=_images_to_check(kind, device))
+        faults = [
+            f"{name} differs by {error:.2g}"
+            for name, (error, timm_s) in errors.items()
+            if not error <= TOLERANCE + 2 * timm_s
+        ]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # such as no C compiler, or a card that Triton does not know
         told = str(error).strip().splitlines() or [""]
         faults = [f"{type(error).__name__}: {told[-1]}"]
@@ -184,18 +197,25 @@ def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch
     return not faults
 
 
+def _images_to_check(kind: Kind, device: torch.device) -> int:
+    """So many that programs which stay and go from one task to the next do so a few times; an odd number, which no
+    tile divides."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(9, (3 * processors // kind.heads) | 1)
+
+
 def relative_errors(
-    kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, *, fused: bool = True, images: int = 8
-) -> dict[str, float]:
-    """|found - expected| / |expected| of the output and of every gradient, by name, of a random ViT of two blocks, of
-    which some images skip branches.
+    kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, *, images: int = 9
+) -> dict[str, tuple[float, float]]:
+    """The largest errors of the output and of every gradient, by name, of a random ViT of two blocks, of which some
+    images skip branches: by the kernels, and by timm's own modules in the same precision.
+
+    An error is |found - expected| of a row (a token, or what a weight has for one channel) over the root mean square of
+    |expected| over the rows, where timm's modules in float32 are expected.
 
     Args:
         dtype: autocast type; float32 for none.
-        fused: False tells the errors of timm's own modules under autocast.
         images: in the batch, four at least.
-
-    What is expected are timm's modules in float32.
     """
 
     def noise(*shape: int) -> Tensor:
@@ -217,20 +237,29 @@ def relative_errors(
             with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
                 if fused:
                     x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], stream_type(device))
-                    out = layer_norm(run_kept(vit["blocks"], x, kept), vit["norm"])
+                    plain = embed_tokens(patches.to(precision), class_tokens, positions, None, stream_type(device))
+                    out = layer_norm(run_kept(vit["blocks"], x, kept), vit["norm"]) + plain
                 else:
-                    x = vit["norm"](torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions)
-                    out = vit["norm"](_as_written(vit["blocks"], x.to(stream_type(device)), kept))
+                    plain = torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions
+                    x = vit["norm"](plain).to(stream_type(device))
+                    out = vit["norm"](_as_written(vit["blocks"], x, kept)) + plain
             return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
 
-        found, expected = differentiated(dtype, fused), differentiated(torch.float32, False)
-    pairs = zip(["output", *leaves], found, expected, strict=True)
-    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
+        results = differentiated(dtype, True), differentiated(dtype, False), differentiated(torch.float32, False)
+    found = zip(["output", *leaves], *results, strict=True)
+    return {name: (_largest_error(a, c), _largest_error(b, c)) for name, a, b, c in found}
+
+
+def _largest_error(found: Tensor, expected: Tensor) -> float:
+    """Of the rows, see `relative_errors`; NaN where there is one."""
+    off, size = (torch.atleast_2d(x).flatten(0, -2).norm(dim=-1) for x in (found - expected, expected))
+    return (off.max() / size.square().mean().sqrt()).item()
 
 
 def _small_vit(kind: Kind, noise: Callable[..., Tensor]) -> nn.ModuleDict:
     """Two blocks and a norm, with weights from `noise`."""
-    act, ratio = (QuickGELU if kind.quick else nn.GELU), kind.hidden / kind.width
+    act = QuickGELU if kind.quick else nn.GELU
+    ratio = (kind.hidden + 0.5) / kind.width  # timm rounds down
     blocks = [Block(kind.width, kind.heads, ratio, kind.qkv_bias, act_layer=act) for _ in range(2)]
     vit = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "norm": nn.LayerNorm(kind.width)})
     for name, parameter in vit.named_parameters():

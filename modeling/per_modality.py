@@ -62,8 +62,13 @@ class _ManyRows(torch.autograd.Function):
         return x @ weight.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        parts = (math.gcd(PARTS, x.shape[1]), -1)
-        of_parts = grad.unflatten(1, parts).transpose(2, 3) @ x.unflatten(1, parts)  # (M, parts, D, C)
-        return grad @ weight, of_parts.sum(1)
+        of_x, of_weight = ctx.needs_input_grad
+        return grad @ weight if of_x else None, _sum_in_parts(grad, x) if of_weight else None
+
+
+def _sum_in_parts(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T @ x, (M, R, D) and (M, R, C) -> (M, D, C)."""
+    parts = (math.gcd(PARTS, x.shape[1]), -1)
+    return (grad.unflatten(1, parts).transpose(2, 3) @ x.unflatten(1, parts)).sum(1)

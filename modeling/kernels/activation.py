@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
 from modeling.kernels.linear import weight_gradient
@@ -55,6 +56,7 @@ class _ActivatedLinear(torch.autograd.Function):
         return (out @ w.T).unflatten(0, hidden.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
         h, bias, w = ctx.saved_tensors
         g = grad.flatten(0, -2)
@@ -63,7 +65,8 @@ class _ActivatedLinear(torch.autograd.Function):
         sums = h.new_empty(triton.cdiv(len(h), BACKWARD["ROWS"]), h.shape[1], dtype=torch.float32)
         sizes = {"W": h.shape[1], "QUICK": ctx.quick, **BACKWARD}
         launch(_backward_kernel, _grid(h, BACKWARD), h, bias, grad_out, grad_hidden, out, sums, len(h), **sizes)
-        return grad_hidden.unflatten(0, grad.shape[:-1]), sums.sum(0), weight_gradient(g, out, ctx.dtype), None
+        of_weight = weight_gradient(g, out, ctx.dtype) if ctx.needs_input_grad[2] else None
+        return grad_hidden.unflatten(0, grad.shape[:-1]), sums.sum(0), of_weight, None
 
 
 def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int]:

@@ -11,13 +11,17 @@ Shape letters: B images, H heads, D channels a head, P prefix tokens, N patches.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
+
+log = logging.getLogger(__name__)
 
 HEAD_DIMS = (16, 32, 64)
 MAX_PREFIX = 16
@@ -52,12 +56,19 @@ def images_at_once(
 
 
 def first_that_fits(attempt: Callable[[int], object]) -> int:
-    """The first of `AHEAD` with which a launch does not ask for more than a card has; 0 if there is none."""
+    """The first of `AHEAD` with which a launch does not ask for more than a card has; 0 if there is none, or if it
+    fails in another way, which the log tells."""
     for ahead in AHEAD:
         try:
             attempt(ahead)
         except triton.runtime.errors.OutOfResources:
             continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # such as a card that this Triton cannot compile for
+            told = str(error).strip().splitlines() or [""]
+            log.warning("attention is left to torch: %s: %s", type(error).__name__, told[-1])
+            return 0
         return ahead
     return 0
 
@@ -88,6 +99,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out):  # type: ignore[override]
         (qkv,), sizes = ctx.saved_tensors, ctx.sizes
         ahead = images_at_once(qkv.shape[1], sizes["P"], sizes["H"], sizes["D"], qkv.dtype, qkv.device)

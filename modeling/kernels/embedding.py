@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
 
@@ -52,6 +53,7 @@ class _Embedding(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
         patches, class_tokens, positions, weight, statistics = ctx.saved_tensors
         norm, tokens, width = ctx.sizes["NORM"], ctx.sizes["L"], ctx.sizes["W"]

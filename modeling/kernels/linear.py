@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
 
@@ -30,6 +31,7 @@ class _Linear(torch.autograd.Function):
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
         rows, w = ctx.saved_tensors
         g = grad.flatten(0, -2).contiguous()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
 
@@ -109,6 +110,7 @@ class _ResidualNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total, grad_normed):  # type: ignore[override]
         g, n = (None if grad is None else grad.contiguous() for grad in (grad_total, grad_normed))
         images, tokens, width = ctx.shape
