@@ -71,10 +71,11 @@ class ReplayedPass:
         run: the pass. It must not wait for the device.
         model: whose parameters get the gradients.
         loss_fn: its weights may change with the epoch.
+        dtype: autocast type, None for float32. The recording keeps its images in it, as the backbone takes them.
     """
 
-    def __init__(self, run: Pass, model: ReIDModel, loss_fn: ReIDLoss):
-        self.run, self.model, self.loss_fn = run, model, loss_fn
+    def __init__(self, run: Pass, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None = None):
+        self.run, self.model, self.loss_fn, self.dtype = run, model, loss_fn, dtype
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.kind: tuple = ()
         self.passes = 0
@@ -121,7 +122,7 @@ class ReplayedPass:
     def _record(self, batch: Batch, epoch: int) -> Recording:
         static = replace(
             batch,
-            images={modality: image.clone() for modality, image in batch.images.items()},
+            images={m: image.to(self.dtype or image.dtype, copy=True) for m, image in batch.images.items()},
             pid=batch.pid.clone(),
             camid=batch.camid.clone(),
             present=None if batch.present is None else batch.present.clone(),

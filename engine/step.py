@@ -43,7 +43,7 @@ class TrainStep:
         self.part_norms = PartNorms(guard.names, self.device)
         self.differentiate = self._differentiate
         if can_replay(cfg, self.device):
-            self.differentiate = ReplayedPass(self._differentiate, self.model, objective.loss_fn)
+            self.differentiate = ReplayedPass(self._differentiate, self.model, objective.loss_fn, self.dtype)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> tuple[dict[str, Tensor], ReIDOutput]:
         """

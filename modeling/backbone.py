@@ -190,8 +190,7 @@ class Backbone(nn.Module):
         # without a projection, which takes half precision anyway, the norm's own float32 goes on
         plain = isinstance(self.proj, nn.Linear) and isinstance(vit.norm, nn.LayerNorm) and vit.norm.bias is not None
         if fused and plain and isinstance(vit.fc_norm, nn.Identity):
-            projected = self.proj(fused_vit.layer_norm(tokens, vit.norm))
-            return projected[:, vit.num_prefix_tokens :], projected[:, 0]
+            return self._apart(self.proj(fused_vit.layer_norm(tokens, vit.norm)))
         return self._project(tokens)
 
     @region
@@ -217,7 +216,14 @@ class Backbone(nn.Module):
     def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Norm and projection as written."""
         tokens = self.proj(self.vit.fc_norm(self.vit.norm(tokens)))  # timm fills one of the two norms
-        return tokens[:, self.vit.num_prefix_tokens :], tokens[:, 0]
+        return self._apart(tokens)
+
+    def _apart(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, C) -> patches (B, N, C) and class token (B, C)."""
+        prefix, patches = tokens.split(
+            [self.vit.num_prefix_tokens, tokens.shape[1] - self.vit.num_prefix_tokens], dim=1
+        )
+        return patches, prefix[:, 0]
 
     def _patchify(self, x: Tensor) -> Tensor:
         """Images -> embedded patches (B, N, W); where patches do not overlap, one matrix product does what timm's

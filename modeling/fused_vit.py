@@ -10,7 +10,6 @@ step, and does not compute them.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +23,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from modeling.block_parts import DropPath, Recomputed
-from modeling.kernels import can_launch
+from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.activation import activated_linear, has_kernel
 from modeling.kernels.attention import prefix_for, tiled_attention
 from modeling.kernels.embedding import embed_tokens
-from modeling.kernels.linear import linear
+from modeling.kernels.linear import halves, linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
-
-log = logging.getLogger(__name__)
-
-TOLERANCE = 0.02
-"""Relative error up to which the kernels count as right in half precision, beyond twice that of timm's own modules."""
 
 
 def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bool:
@@ -147,29 +141,32 @@ def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Ten
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     layers = [layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
     x, normed = norm_for(tokens, norms[0], kept[0])
+    inner = [layer for block in blocks for layer in (block.attn.qkv, block.mlp.fc1)]
+    half = halves([layer.weight for layer in (*inner, *layers)], normed.dtype)
     for i, last in enumerate(layers):
-        block = blocks[i // 2]
-        out = _attention(block.attn, normed) if i % 2 == 0 else _mlp(block.mlp, normed)
+        block, pair = blocks[i // 2], (half[i], half[i + len(inner)])
+        out = _attention(block.attn, normed, *pair) if i % 2 == 0 else _mlp(block.mlp, normed, *pair)
         branch = Branch(out, last.bias, kept[i])
         if i + 1 < len(layers):
             x, normed = norm_for(x, norms[i + 1], kept[i + 1], branch)
     return add_branch(x, branch)
 
 
-def _attention(attn: Any, x: Tensor) -> Tensor:
-    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W)."""
-    qkv = linear(x, attn.qkv.weight, attn.qkv.bias)
+def _attention(attn: Any, x: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> Tensor:
+    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W); weights in half precision beside."""
+    qkv = linear(x, attn.qkv.weight, attn.qkv.bias, qkv_weight)
     if prefix := prefix_for(x.shape[1], attn.num_heads, attn.head_dim, qkv.dtype, x.device):
         out = tiled_attention(qkv, attn.num_heads, prefix)
     else:
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return linear(out, attn.proj.weight)
+    return linear(out, attn.proj.weight, None, proj_weight)
 
 
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """MLP without the bias of its last layer, (B, L, W) -> (B, L, W)."""
-    return activated_linear(linear(x, mlp.fc1.weight), mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp))
+def _mlp(mlp: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """MLP without the bias of its last layer, (B, L, W) -> (B, L, W); weights in half precision beside."""
+    hidden = linear(x, mlp.fc1.weight, None, first)
+    return activated_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp), second)
 
 
 @functools.cache
@@ -180,21 +177,10 @@ def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch
     Raises:
         torch.OutOfMemoryError: nothing is known then, and the next call tries again.
     """
-    try:
-        errors = relative_errors(kind, num_tokens, dtype, device, images=_images_to_check(kind, device))
-        faults = [
-            f"{name} differs by {error:.2g}"
-            for name, (error, timm_s) in errors.items()
-            if not error <= TOLERANCE + 2 * timm_s
-        ]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # such as no C compiler, or a card that Triton does not know
-        told = str(error).strip().splitlines() or [""]
-        faults = [f"{type(error).__name__}: {told[-1]}"]
-    if faults:
-        log.warning("blocks are not fused, so the backbone is slower: %s", "; ".join(faults[:3]))
-    return not faults
+    return proven(
+        lambda: relative_errors(kind, num_tokens, dtype, device, images=_images_to_check(kind, device)),
+        "blocks are not fused, so the backbone is slower",
+    )
 
 
 def _images_to_check(kind: Kind, device: torch.device) -> int:
@@ -208,10 +194,8 @@ def relative_errors(
     kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, *, images: int = 9
 ) -> dict[str, tuple[float, float]]:
     """The largest errors of the output and of every gradient, by name, of a random ViT of two blocks, of which some
-    images skip branches: by the kernels, and by timm's own modules in the same precision.
-
-    An error is |found - expected| of a row (a token, or what a weight has for one channel) over the root mean square of
-    |expected| over the rows, where timm's modules in float32 are expected.
+    images skip branches: by the kernels, and by timm's own modules in the same precision. What is expected are timm's
+    in float32; see `modeling.kernels.compare`.
 
     Args:
         dtype: autocast type; float32 for none.
@@ -246,14 +230,7 @@ def relative_errors(
             return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
 
         results = differentiated(dtype, True), differentiated(dtype, False), differentiated(torch.float32, False)
-    found = zip(["output", *leaves], *results, strict=True)
-    return {name: (_largest_error(a, c), _largest_error(b, c)) for name, a, b, c in found}
-
-
-def _largest_error(found: Tensor, expected: Tensor) -> float:
-    """Of the rows, see `relative_errors`; NaN where there is one."""
-    off, size = (torch.atleast_2d(x).flatten(0, -2).norm(dim=-1) for x in (found - expected, expected))
-    return (off.max() / size.square().mean().sqrt()).item()
+    return compare(["output", *leaves], *results)
 
 
 def _small_vit(kind: Kind, noise: Callable[..., Tensor]) -> nn.ModuleDict:

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from modeling import foreign
 from modeling.backbone import Backbone
+from modeling.fused_sdtps import FusedSDTPS
 from modeling.fusion import Fusion
 from modeling.heads import BNNeck
 from modeling.pooling import Reduce, make_pool
@@ -278,6 +279,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
         UserError: the backbone is unknown, its weights cannot be had or do not fit, or HEAD does not divide the width.
     """
     m = cfg.MODEL
+    fused = cfg.SOLVER.FUSED_BLOCKS and not cfg.SOLVER.DETERMINISTIC
     backbone = Backbone(
         m.TRANSFORMER_TYPE,
         img_size=tuple(cfg.INPUT.SIZE_TRAIN),
@@ -288,7 +290,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
         drop_path=m.DROP_PATH,
         drop=m.DROP_OUT,
         attn_drop=m.ATT_DROP_RATE,
-        fused=cfg.SOLVER.FUSED_BLOCKS and not cfg.SOLVER.DETERMINISTIC,
+        fused=fused,
     )
     if pretrained and m.PRETRAINED:
         load_pretrained(backbone, m.PRETRAIN_PATH_T)
@@ -296,7 +298,7 @@ def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: 
 
     with torch.random.fork_rng(devices=[]):  # switching these branches leaves the initial weights of the rest alone
         fusion = _make_fusion(m, backbone) if m.HDM and m.ATM else None
-        sdtps = _make_sdtps(m, backbone) if m.USE_SDTPS else None
+        sdtps = _make_sdtps(m, backbone, FusedSDTPS if fused else SDTPS) if m.USE_SDTPS else None
     return ReIDModel(
         backbone,
         num_classes=num_classes,
@@ -321,8 +323,8 @@ def _make_fusion(m: CfgNode, backbone: Backbone) -> Fusion:
     return Fusion(backbone.embed_dim, m.HEAD)
 
 
-def _make_sdtps(m: CfgNode, backbone: Backbone) -> SDTPS:
-    return SDTPS(
+def _make_sdtps(m: CfgNode, backbone: Backbone, kind: type[SDTPS]) -> SDTPS:
+    return kind(
         embed_dim=backbone.embed_dim,
         num_patches=backbone.num_patches,
         sparse_ratio=m.SDTPS_SPARSE_RATIO,

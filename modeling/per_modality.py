@@ -1,12 +1,14 @@
 """Layers of which each modality has its own, applied to all of them at once: one batched operation instead of three."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PARTS = 32
 """Parts of the rows by which the gradient of a weight is summed up on a GPU, at most."""
@@ -35,6 +37,12 @@ def norm_linear(norms: Iterable[nn.LayerNorm], layers: Iterable[nn.Linear], x: T
     return _linear(F.layer_norm(x, x.shape[-1:], eps=norms[0].eps), weight * scale, bias)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of (..., R, K) and (..., K, C); see `matmul_precision`."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return a @ b if exact or torch.compiler.is_compiling() else _Product.apply(a, b)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, ..., C), weight (M, D, C), bias (M, D) -> (M, ..., D)."""
     rows = x.flatten(1, -2)
@@ -59,13 +67,44 @@ class _ManyRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
+        ctx.precision = torch.get_float32_matmul_precision()
         return x @ weight.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
-        return grad @ weight if of_x else None, _sum_in_parts(grad, x) if of_weight else None
+        with matmul_precision(ctx.precision):
+            return grad @ weight if of_x else None, _sum_in_parts(grad, x) if of_weight else None
+
+
+class _Product(torch.autograd.Function):
+    """a @ b of (..., R, K) and (..., K, C), whose gradients are computed in the precision of the product itself."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        ctx.precision = torch.get_float32_matmul_precision()
+        return a @ b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        with matmul_precision(ctx.precision):
+            return grad @ b.mT, a.mT @ grad
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Within it, products in float32 are as exact as `torch.set_float32_matmul_precision` says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _sum_in_parts(grad: Tensor, x: Tensor) -> Tensor:

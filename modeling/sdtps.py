@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.per_modality import linear, norm_linear
+from modeling.per_modality import linear, norm_linear, product
 from modeling.regions import is_compiled
 from utils.modalities import MODALITIES
 
@@ -156,7 +156,7 @@ def mix_tokens(aggregators: Iterable[TokenAggregator], tokens: Tensor, importanc
     logits = scale * linear((part.fc2 for part in parts), hidden)  # (M, B, K, A)
     if importance is not None:
         logits = logits + importance.unsqueeze(-1)
-    return logits.softmax(dim=2).transpose(2, 3) @ tokens
+    return product(logits.softmax(dim=2).transpose(2, 3), tokens)
 
 
 class SDTPS(nn.Module):
@@ -245,9 +245,12 @@ class SDTPS(nn.Module):
         """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""
         if v.shape[2] != self.num_patches:
             raise ValueError(f"got {v.shape[2]} patch tokens, this SDTPS was built for {self.num_patches}")
-        v = _at_least_float32(v)  # once for both halves
+        v = self._prepared(v)  # once for both halves
         choice = self.decide(v, g, present)
         return self.aggregate(v, choice, present)
+
+    def _prepared(self, v: Tensor) -> Tensor:
+        return _at_least_float32(v)
 
     def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
         """Scores and chooses: the first half of `select`, for patches that have a way to go before they are mixed."""

@@ -33,12 +33,9 @@ def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> 
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         same = pid[:, None] == pid
-        with torch.no_grad():
-            distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-            positive = distance.masked_fill(~same, -math.inf).argmax(dim=1)
-            negative = distance.masked_fill(same, math.inf).argmin(dim=1)
-        d_ap = torch.linalg.vector_norm(features - features[positive], dim=1)
-        d_an = torch.linalg.vector_norm(features - features[negative], dim=1)
+        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+        d_ap = distance.masked_fill(~same, -math.inf).amax(dim=1)
+        d_an = distance.masked_fill(same, math.inf).amin(dim=1)
         losses = F.softplus(d_ap - d_an) if margin is None else F.relu(d_ap - d_an + margin)
         return torch.where(same.all(), 0.0, losses).mean()
 

@@ -15,9 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling import fused_vit
-from modeling.kernels import activation, attention, embedding, linear, residual
+from modeling.fused_sdtps import FusedSDTPS
+from modeling.kernels import activation, attention, embedding, linear, residual, selection
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
@@ -29,7 +30,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
         if options.get("ADD", True):  # between a branch and a norm a kernel does all that it can
             seen.setdefault(name, (kernel, args, options))
 
-    for module in (activation, attention, embedding, linear, residual):
+    for module in (activation, attention, embedding, linear, residual, selection):
         module.launch = remember
     blocks = nn.ModuleList([Block(768, 12, qkv_bias=True, act_layer=QuickGELU) for _ in range(2)])
     norm = nn.LayerNorm(768)
@@ -38,6 +39,11 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
         tokens = fused_vit.embed_tokens(patches, class_tokens, nn.Parameter(torch.zeros(129, 768)), norm, patches.dtype)
         out = fused_vit.run_blocks(blocks, tokens)
     out.sum().backward()
+    sdtps = FusedSDTPS(embed_dim=512, num_patches=128)
+    v, g = torch.zeros(3, 2, 128, 512, dtype=torch.bfloat16, requires_grad=True), torch.zeros(3, 2, 512)
+    scores, _ = sdtps.score_by_kernels(v, g)
+    kept, fused = selection.part_patches(v, scores, torch.zeros_like(scores, dtype=torch.long), 64)
+    (kept.sum() + fused.sum()).backward()
     return seen
 
 

@@ -87,10 +87,10 @@ def fake_graphs(monkeypatch, fake_streams):
         torch.set_rng_state(random)
 
     class Watched(ReplayedPass):
-        def __init__(self, run, model, loss_fn):
+        def __init__(self, *args):
             nonlocal step
             step = self
-            super().__init__(run, model, loss_fn)
+            super().__init__(*args)
 
         def _record(self, batch, epoch):
             recorded = super()._record(batch, epoch)

@@ -1,10 +1,13 @@
-"""What a ViT consists of besides matrix products, as Triton kernels with their gradients.
+"""What a ViT consists of besides matrix products, and SDTPS's way through all patches, as Triton kernels with their
+gradients.
 
-`modeling.fused_vit` chains them, and says where that can be done.
+`modeling.fused_vit` and `modeling.fused_sdtps` chain them, and say where that can be done. There they have to prove
+themselves once, on random numbers, against the same as written.
 """
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,9 @@ except ImportError:  # builds of torch without CUDA come without it
 
 
 log = logging.getLogger(__name__)
+
+TOLERANCE = 0.02
+"""Relative error up to which kernels count as right in half precision, beyond twice that of the same as written."""
 
 OLDEST_TRITON = (3, 3)
 """Before it, the attention kernels abort the process as they are compiled for an H100 (LLVM, 3.2 with torch 2.6)."""
@@ -42,3 +48,40 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Launches a kernel on the card that its tensors lie on, whichever card is the current one."""
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
         kernel[grid](*args, **options)
+
+
+def proven(errors: Callable[[], dict[str, tuple[float, float]]], consequence: str) -> bool:
+    """Whether kernels run and compute the right thing: what `compare` returns, up to `TOLERANCE`. Otherwise the log
+    tells the consequence, and why.
+
+    Raises:
+        torch.OutOfMemoryError: it could not be tried.
+    """
+    try:
+        found = errors().items()
+        faults = [f"{name} differs by {own:.2g}" for name, (own, usual) in found if not own <= TOLERANCE + 2 * usual]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # such as no C compiler, or a card that Triton does not know
+        told = str(error).strip().splitlines() or [""]
+        faults = [f"{type(error).__name__}: {told[-1]}"]
+    if faults:
+        log.warning("%s: %s", consequence, "; ".join(faults[:3]))
+    return not faults
+
+
+def compare(
+    names: Sequence[str], found: Sequence[Tensor], usual: Sequence[Tensor], expected: Sequence[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """The largest errors of some tensors, and of the same as they are usually computed in that precision, by name.
+
+    An error is |found - expected| of a row (a token, or what a weight has for one channel) over the root mean square of
+    |expected| over the rows; NaN where there is one.
+    """
+
+    def largest(found: Tensor, expected: Tensor) -> float:
+        off, size = (torch.atleast_2d(x).flatten(0, -2).norm(dim=-1) for x in (found - expected, expected))
+        return (off.max() / size.square().mean().sqrt()).item()
+
+    compared = zip(names, found, usual, expected, strict=True)
+    return {name: (largest(a, c), largest(b, c)) for name, a, b, c in compared}

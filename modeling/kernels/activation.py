@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
-from modeling.kernels.linear import weight_gradient
+from modeling.kernels.linear import sum_parts, weight_gradient
 
 if triton is not None:
     from modeling.kernels.linear import tile_of
@@ -30,27 +30,30 @@ def has_kernel(act: nn.Module) -> bool:
     return isinstance(act, QuickGELU) or (isinstance(act, nn.GELU) and act.approximate == "none")
 
 
-def activated_linear(hidden: Tensor, bias: Tensor, weight: Tensor, act: nn.Module) -> Tensor:
+def activated_linear(
+    hidden: Tensor, bias: Tensor, weight: Tensor, act: nn.Module, half: Tensor | None = None
+) -> Tensor:
     """act(hidden + bias) @ weight.T
 
     Args:
         hidden: (..., V) what the first layer computed, without its bias (V,).
         weight: (W, V) of the second layer.
         act: an activation that `has_kernel`.
+        half: the weight in the type of `hidden`, where it is at hand.
 
     Returns:
         (..., W)
     """
-    return _ActivatedLinear.apply(hidden, bias, weight, isinstance(act, QuickGELU))
+    half = weight.detach().to(hidden.dtype) if half is None else half
+    return _ActivatedLinear.apply(hidden, bias, weight, half, isinstance(act, QuickGELU))
 
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, bias, weight, quick):  # type: ignore[override]
+    def forward(ctx: Any, hidden, bias, weight, w, quick):  # type: ignore[override]
         h = hidden.flatten(0, -2).contiguous()
         out = torch.empty_like(h)
         launch(_forward_kernel, _grid(h, FORWARD), h, bias, out, len(h), W=h.shape[1], QUICK=quick, **FORWARD)
-        w = weight.to(h.dtype)
         ctx.save_for_backward(h, bias, w)
         ctx.quick, ctx.dtype = quick, weight.dtype
         return (out @ w.T).unflatten(0, hidden.shape[:-1])
@@ -66,7 +69,7 @@ class _ActivatedLinear(torch.autograd.Function):
         sizes = {"W": h.shape[1], "QUICK": ctx.quick, **BACKWARD}
         launch(_backward_kernel, _grid(h, BACKWARD), h, bias, grad_out, grad_hidden, out, sums, len(h), **sizes)
         of_weight = weight_gradient(g, out, ctx.dtype) if ctx.needs_input_grad[2] else None
-        return grad_hidden.unflatten(0, grad.shape[:-1]), sums.sum(0), of_weight, None
+        return grad_hidden.unflatten(0, grad.shape[:-1]), sum_parts(sums), of_weight, None, None
 
 
 def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int]:

@@ -14,17 +14,30 @@ from modeling.kernels import launch, tl, triton
 
 ROWS, COLUMNS, CHUNK = 128, 512, 4
 """Rows and columns that a program sums up, and the rows that it takes at a time."""
+TOTAL = {"R": 256, "C": 16}
+"""Rows and columns that a program takes at a time as it sums up what others have."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, in the type of x: (..., V), (W, V), (W,) -> (..., W)."""
-    return _Linear.apply(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, in the type of x: (..., V), (W, V), (W,) -> (..., W).
+
+    Args:
+        half: the weight in the type of x, where it is at hand; see `halves`.
+    """
+    return _Linear.apply(x, weight, bias, weight.detach().to(x.dtype) if half is None else half)
+
+
+def halves(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights in another type, cast by few kernels for all of them; no gradient flows through them."""
+    cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(cast, [weight.detach() for weight in weights])
+    return cast
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias):  # type: ignore[override]
-        rows, w = x.flatten(0, -2), weight.to(x.dtype)
+    def forward(ctx: Any, x, weight, bias, w):  # type: ignore[override]
+        rows = x.flatten(0, -2)
         out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
         ctx.save_for_backward(rows, w)
         ctx.dtype = weight.dtype
@@ -35,19 +48,22 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[override]
         rows, w = ctx.saved_tensors
         g = grad.flatten(0, -2).contiguous()
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
             (g @ w).unflatten(0, grad.shape[:-1]) if of_x else None,
             weight_gradient(g, rows, ctx.dtype) if of_weight else None,
             column_sums(g) if of_bias else None,
+            None,
         )
 
 
 def weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_out.T @ x in another type, without rounding to that of the factors first where torch can do so."""
-    if x.is_cuda and dtype is torch.float32 and x.dtype != dtype and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.ops.aten.mm.dtype(grad_out.T, x, dtype)
-    return (grad_out.T @ x).to(dtype)
+    """grad_out.T @ x, of matrices or of batches of them, in another type, without rounding to that of the factors first
+    where torch can do so."""
+    product = torch.ops.aten.mm if x.dim() == 2 else torch.ops.aten.bmm
+    if x.is_cuda and dtype is torch.float32 and x.dtype != dtype and hasattr(product, "dtype"):
+        return product.dtype(grad_out.mT, x, dtype)
+    return (grad_out.mT @ x).to(dtype)
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -56,7 +72,15 @@ def column_sums(x: Tensor) -> Tensor:
     sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     grid = (triton.cdiv(x.shape[1], COLUMNS) * programs,)
     launch(_sum_kernel, grid, x, sums, len(x), W=x.shape[1], R=CHUNK, C=COLUMNS, ROWS=ROWS)
-    return sums.sum(0)
+    return sum_parts(sums)
+
+
+def sum_parts(parts: Tensor) -> Tensor:
+    """What the programs of a kernel have summed up, (P, ...) float32 -> (...): one launch, where torch's sum over few
+    thousand rows needs a second one to clear what its programs count in."""
+    out, width = parts.new_empty(parts.shape[1:]), parts[0].numel()
+    launch(_total_kernel, (triton.cdiv(width, TOTAL["C"]),), parts, out, len(parts), W=width, **TOTAL)
+    return out
 
 
 if triton is not None:
@@ -77,3 +101,13 @@ if triton is not None:
             inside = (rows < M)[:, None] & (columns < W)[None, :]
             total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)
+
+    @triton.jit(do_not_specialize=["M"])
+    def _total_kernel(x, out, M, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+        columns = tl.program_id(0) * C + tl.arange(0, C)
+        total = tl.zeros((R, C), tl.float32)
+        for first in tl.range(0, M, R):
+            rows = first + tl.arange(0, R)
+            inside = (rows < M)[:, None] & (columns < W)[None, :]
+            total += tl.load(x + rows[:, None] * W + columns[None, :], mask=inside, other=0.0)
+        tl.store(out + columns, tl.sum(total, axis=0), mask=columns < W)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
+from modeling.kernels.linear import sum_parts
 
 PROGRAMS = 8
 """Programs of the backward pass on each multiprocessor, each with sums of its own."""
@@ -125,7 +126,7 @@ class _ResidualNorm(torch.autograd.Function):
         args = (g, n, *ctx.saved_tensors, *ctx.places, grad, grad_out, sums, images * tokens)
         kind = ctx.sizes | {"NORM": norm, "SUM": g is not None, "APART": apart}
         launch(_backward_kernel, (programs,), *args, **kind, num_warps=1)
-        of_weights = list(sums.sum(0))
+        of_weights = list(sum_parts(sums))
         of_bias = of_weights.pop(0) if add else None
         return grad, grad_out if add else None, of_bias, None, *(of_weights or (None, None)), None, None
 

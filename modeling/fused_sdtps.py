@@ -1,0 +1,122 @@
+"""SDTPS whose part that sees all patches runs, where it can, as the kernels of `modeling.kernels.selection`."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from modeling.kernels import can_launch, compare, proven
+from modeling.kernels.selection import has_kernels, part_patches, score_patches
+from modeling.per_modality import matmul_precision
+from modeling.sdtps import NORM_FLOOR, RANGE_FLOOR, SDTPS, Choice, Selection, fuse_dropped, gather_tokens
+
+
+class FusedSDTPS(SDTPS):
+    """`SDTPS` with the same weights and results; what is computed otherwise are its scores and the parting of the kept
+    patches from the dropped, for patches in half precision on a GPU."""
+
+    def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
+        if not can_fuse(self, v):
+            return super().decide(v, g, present)
+        with torch.autocast(v.device.type, enabled=False):
+            scores, predicted = self.score_by_kernels(v, g, present)
+            return Choice(scores, predicted, *self.choose(scores))
+
+    def aggregate(self, v: Tensor, choice: Choice, present: Tensor | None = None) -> Selection:
+        if self.num_kept == self.num_patches or not can_fuse(self, v):
+            return super().aggregate(v, choice, present)
+        order = torch.cat([choice.kept, choice.dropped], dim=-1)
+        kept, fused = part_patches(v, choice.scores, order, self.num_kept)
+        with matmul_precision("high"):  # TF32, of more digits than the patches have
+            return self.finish(choice, kept, fused, present)
+
+    def score_by_kernels(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`score` of patches in half precision."""
+        g = g.float()
+        layers = [(first, second) for first, _, second in self.predictor.values()]
+        w1, b1 = (torch.stack([getattr(first, name) for first, _ in layers]) for name in ("weight", "bias"))
+        w2, b2 = (torch.cat([getattr(second, name) for _, second in layers]) for name in ("weight", "bias"))
+        scores, predicted = score_patches(
+            v,
+            g,
+            (w1, b1, w2, b2),
+            self._similarity_weights(g, present).squeeze(-1),
+            share=1 - 2 * self.beta,
+            floors=(NORM_FLOOR, RANGE_FLOOR),
+            similarity_grad=self.score_grad == "all",
+        )
+        return (scores.detach() if self.score_grad == "none" else scores), predicted
+
+    def _prepared(self, v: Tensor) -> Tensor:
+        return v.contiguous() if can_fuse(self, v) else super()._prepared(v)
+
+
+def can_fuse(sdtps: SDTPS, v: Tensor) -> bool:
+    """Whether the kernels compute what an SDTPS does with patches (M, B, N, C), and are faster: in half precision on a
+    GPU, where they have shown once that they do."""
+    if v.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+        return False
+    patches, channels = v.shape[2:]
+    fits = sdtps.similarity == "cosine" and has_kernels(
+        patches, channels, next(iter(sdtps.predictor.values()))[0].out_features
+    )
+    return fits and can_launch(v.device) and kernels_agree(patches, channels, v.dtype, v.device)
+
+
+@functools.cache
+def kernels_agree(num_patches: int, embed_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels have the scores, the tokens and the gradients of `SDTPS`. Tried once; where they do not, the
+    log says why.
+
+    Raises:
+        torch.OutOfMemoryError: nothing is known then, and the next call tries again.
+    """
+    return proven(
+        lambda: relative_errors(num_patches, embed_dim, dtype, device),
+        "SDTPS is not fused, so steps are slower",
+    )
+
+
+def relative_errors(
+    num_patches: int, embed_dim: int, dtype: torch.dtype, device: torch.device, *, batch: int = 9
+) -> dict[str, tuple[float, float]]:
+    """The largest errors of scores, parted patches and gradients, by name, of a random SDTPS on random patches: by the
+    kernels, and by `SDTPS` on the same. What is expected is `SDTPS` on these patches in float32; see
+    `modeling.kernels.compare`.
+
+    Args:
+        dtype: of the patches.
+        batch: B.
+    """
+    own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    as_asked = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), own_random_state, as_asked:
+        torch.manual_seed(0)
+        sdtps = FusedSDTPS(embed_dim=embed_dim, num_patches=num_patches).to(device)
+        weights = dict(sdtps.predictor.named_parameters())
+        for weight in weights.values():
+            torch.nn.init.normal_(weight, std=embed_dim**-0.5)
+        shape = (len(sdtps.predictor), batch, num_patches)
+        v = torch.randn(*shape, embed_dim, device=device).to(dtype)
+        g = torch.randn(*shape[:2], embed_dim, device=device, requires_grad=True)
+        present = torch.rand(batch, shape[0], device=device) < 0.8
+        weight_of_scores, weight_of_tokens = torch.randn(shape, device=device), torch.randn(v.shape, device=device)
+        with torch.no_grad():
+            kept, dropped = sdtps.choose(sdtps.score(v.float(), g, present)[0])
+
+        def differentiated(patches: Tensor, kernels: bool) -> list[Tensor]:
+            patches = patches.detach().requires_grad_()
+            if kernels:
+                scores, predicted = sdtps.score_by_kernels(patches, g, present)
+                parted = part_patches(patches, scores, torch.cat([kept, dropped], dim=-1), kept.shape[-1])
+            else:
+                wide = patches.float()
+                scores, predicted = sdtps.score(wide, g, present)
+                parted = gather_tokens(wide, kept), fuse_dropped(wide, Choice(scores, predicted, kept, dropped))
+            tokens = torch.cat(parted, dim=2)
+            loss = ((scores + predicted) * weight_of_scores).sum()
+            loss = loss + (tokens * weight_of_tokens[:, :, : tokens.shape[2]]).sum()
+            return [scores, predicted, tokens, *torch.autograd.grad(loss, [patches, g, *weights.values()])]
+
+        results = differentiated(v, True), differentiated(v, False), differentiated(v.float(), False)
+        return compare(["scores", "predicted", "tokens", "patches", "globals", *weights], *results)

@@ -1,0 +1,375 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What SDTPS does with all patches of an image, as Triton kernels: scores them, and parts the kept from the dropped.
+
+Written operation by operation these are some 250 kernels forward and backward, of which many move all patches in
+float32. Here each patch is read once to be scored and once to be parted, in the half precision in which the backbone
+left it, and so are its gradients; sums are in float32. A program takes one image of one modality.
+
+Shape letters as in `modeling.sdtps`: M modalities, B batch, N patches, K kept, C channels; H width of the predictor.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from modeling.kernels import launch, tl, triton
+from modeling.kernels.linear import weight_gradient
+
+CHUNK = 64
+"""Channels that a program takes at a time."""
+PATCHES, HIDDEN = (16, 32, 64, 128), (16, 32, 64, 128, 256)
+"""Numbers of patches and widths of the predictor for which there are kernels."""
+PARTS = 16
+"""Parts of the batch by which the gradient of the predictor's first layer is summed up, at most."""
+
+
+def has_kernels(num_patches: int, embed_dim: int, hidden: int) -> bool:
+    """Whether there are kernels for N, C and H."""
+    return num_patches in PATCHES and hidden in HIDDEN and embed_dim % CHUNK == 0
+
+
+def score_patches(
+    v: Tensor,
+    g: Tensor,
+    predictor: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    *,
+    share: float,
+    floors: tuple[float, float],
+    similarity_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """s = share * p + sum over o of weight_o * min_max(cosine(v, g_o)), with p = sigmoid(w2 gelu(w1 v + b1) + b2).
+
+    Args:
+        v: (M, B, N, C) half precision; g: (M, B, C) globals.
+        predictor: w1 (M, H, C), b1 (M, H), w2 (M, H), b2 (M,) float32.
+        weight: (M, B, M) float32, of the globals in the score of a modality's patches.
+        share: of the predictor.
+        floors: shortest vector that has a direction, and smallest range that min-max divides by.
+        similarity_grad: False detaches the similarities.
+
+    Returns:
+        s and p, (M, B, N) float32 each.
+    """
+    return _Score.apply(v, g, *predictor, weight, share, floors, similarity_grad)
+
+
+def part_patches(v: Tensor, scores: Tensor, order: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """The kept patches, and the dropped ones as one, weighted by the softmax of their scores.
+
+    Args:
+        v: (M, B, N, C) half precision.
+        scores: (M, B, N) float32.
+        order: (M, B, N) indices of the patches, the K kept ones first.
+        num_kept: K, less than N.
+
+    Returns:
+        (M, B, K, C) and (M, B, 1, C), float32.
+    """
+    return _Part.apply(v, scores, order, num_kept)
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v, g, w1, b1, w2, b2, weight, share, floors, similarity_grad):  # type: ignore[override]
+        v, g = v.contiguous(), g.float().contiguous()
+        modalities, batch, patches, channels = v.shape
+        hidden = w1.shape[1]
+        scores, predicted, lengths = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(3))
+        similarity = scores.new_empty(*v.shape[:3], modalities)
+        before = scores.new_empty(*v.shape[:3], hidden)
+        ctx.sizes = {"N": patches, "C": channels, "H": hidden, "M": modalities, "CHUNK": CHUNK}
+        ctx.numbers = (batch, share, *floors)
+        args = (v, g, w1.contiguous(), b1, w2, b2, weight.contiguous())
+        out = (scores, predicted, before, similarity, lengths)
+        launch(_score_kernel, (modalities * batch,), *args, *out, *ctx.numbers, **ctx.sizes, num_warps=8)
+        ctx.similarity_grad = similarity_grad
+        ctx.save_for_backward(*args, predicted, before, similarity, lengths)
+        return scores, predicted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_scores, grad_predicted):  # type: ignore[override]
+        v, g, w1, *_ = ctx.saved_tensors
+        modalities, batch, patches, _ = v.shape
+        hidden = w1.shape[1]
+        of_v, of_before = torch.empty_like(v), v.new_empty(modalities, batch * patches, hidden)
+        of_g = g.new_empty(modalities, batch, *g.shape[::2]) if ctx.similarity_grad else None
+        sums = g.new_empty(modalities, batch, 3, hidden)  # for b1, w2 and b2
+        grads = (grad_scores.contiguous(), grad_predicted.contiguous())
+        args = (*grads, *ctx.saved_tensors, of_v, of_before, of_g, sums)
+        options = {"SIMILARITY": ctx.similarity_grad, "num_warps": 8}
+        launch(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
+        of_b1, of_w2, of_b2 = sums.sum(1).unbind(1)
+        of_w1 = _weight_gradients(of_before, v.flatten(1, 2))
+        of_g = None if of_g is None else of_g.sum(0).transpose(0, 1)
+        return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0], *[None] * 4
+
+
+def _weight_gradients(grad_out: Tensor, x: Tensor) -> Tensor:
+    """grad_out^T @ x, (M, R, H) and (M, R, C) -> (M, H, C) float32, in parts of the rows: each is a small matrix."""
+    parts = next(n for n in range(min(PARTS, grad_out.shape[1]), 0, -1) if grad_out.shape[1] % n == 0)
+    grad_out, x = (t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (grad_out, x))
+    return weight_gradient(grad_out, x, torch.float32).unflatten(0, (-1, parts)).sum(1)
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v, scores, order, num_kept):  # type: ignore[override]
+        v, scores, order = v.contiguous(), scores.contiguous(), order.contiguous()
+        modalities, batch, patches, channels = v.shape
+        kept = scores.new_empty(modalities, batch, num_kept, channels)
+        fused = scores.new_empty(modalities, batch, 1, channels)
+        ctx.sizes = {"N": patches, "C": channels, "CHUNK": CHUNK}
+        launch(_part_kernel, (modalities * batch,), v, scores, order, kept, fused, num_kept, **ctx.sizes)
+        ctx.num_kept = num_kept
+        ctx.save_for_backward(v, scores, order)
+        return kept, fused
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kept, grad_fused):  # type: ignore[override]
+        v, scores, _ = ctx.saved_tensors
+        of_v, of_scores = torch.empty_like(v), torch.empty_like(scores)
+        grads = (grad_kept.contiguous(), grad_fused.contiguous())
+        args = (*grads, *ctx.saved_tensors, of_v, of_scores, ctx.num_kept)
+        launch(_part_gradient_kernel, (len(scores) * scores.shape[1],), *args, **ctx.sizes)
+        return of_v, of_scores, None, None
+
+
+if triton is not None:
+    OTHERS = tl.constexpr(16)  # columns of a tile of similarities, of which M are taken: tiles have 16 at least
+
+    @triton.jit
+    def _dot_exact(a, b, acc):
+        """a @ b + acc, where a is in half precision and b in float32, as if both were in float32."""
+        high = b.to(a.dtype)
+        low = (b - high.to(tl.float32)).to(a.dtype)
+        return tl.dot(a, low, tl.dot(a, high, acc))
+
+    @triton.jit
+    def _inverse(length, floor):
+        """1 / length, 0 for what is too short to have a direction."""
+        return tl.where(length >= floor, 1 / tl.maximum(length, floor), 0.0)
+
+    @triton.jit
+    def _gelu(x):
+        """The activation and its derivative."""
+        s = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+        return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+    @triton.jit
+    def _inverse_lengths(g, b, batch, floor, C: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr):
+        """Of the globals of a sample, (16,)."""
+        o = tl.arange(0, OTHERS)
+        squares = tl.zeros((OTHERS,), tl.float32)
+        for first in tl.range(0, C, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            x = tl.load(g + (o * batch + b)[:, None] * C + c[None, :], mask=(o < M)[:, None], other=0.0)
+            squares += tl.sum(x * x, axis=1)
+        return _inverse(tl.sqrt(squares), floor)
+
+    @triton.jit
+    def _range(similarity, N: tl.constexpr):
+        """The smallest and the largest of each column of (N, 16)."""
+        return tl.min(similarity, axis=0), tl.max(similarity, axis=0)
+
+    @triton.jit(do_not_specialize=["batch"])
+    def _score_kernel(
+        v,
+        g,
+        w1,
+        b1,
+        w2,
+        b2,
+        weight,
+        scores,
+        predicted,
+        before,
+        similarity,
+        lengths,
+        batch,
+        share,
+        length_floor,
+        range_floor,
+        N: tl.constexpr,
+        C: tl.constexpr,
+        H: tl.constexpr,
+        M: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        own = tl.program_id(0)
+        m, b = own // batch, own % batch
+        n, h, o = tl.arange(0, N), tl.arange(0, H), tl.arange(0, OTHERS)
+        v += own.to(tl.int64) * N * C
+        inverse_g = _inverse_lengths(g, b, batch, length_floor, C, M, CHUNK)
+        squares = tl.zeros((N,), tl.float32)
+        dots, x = tl.zeros((N, OTHERS), tl.float32), tl.zeros((N, H), tl.float32)
+        for first in tl.range(0, C, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            value = tl.load(v + n[:, None] * C + c[None, :])
+            squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), axis=1)
+            query = tl.load(g + (o * batch + b)[None, :] * C + c[:, None], mask=(o < M)[None, :], other=0.0)
+            dots = _dot_exact(value, query * inverse_g[None, :], dots)
+            x = _dot_exact(value, tl.load(w1 + (m * H + h)[None, :] * C + c[:, None]), x)
+        length = tl.sqrt(squares)
+        cosine = dots * _inverse(length, length_floor)[:, None]
+        low, high = _range(cosine, N)
+        parts = tl.load(weight + own * M + o, mask=o < M, other=0.0)
+        s = tl.sum((cosine - low[None, :]) / tl.maximum(high - low, range_floor)[None, :] * parts[None, :], axis=1)
+
+        x += tl.load(b1 + m * H + h)[None, :]
+        active, _ = _gelu(x)
+        p = tl.sigmoid(tl.sum(active * tl.load(w2 + m * H + h)[None, :], axis=1) + tl.load(b2 + m))
+        at = own * N + n
+        tl.store(scores + at, share * p + s)
+        tl.store(predicted + at, p)
+        tl.store(lengths + at, length)
+        tl.store(similarity + at[:, None] * M + o[None, :], cosine, mask=(o < M)[None, :])
+        tl.store(before + at[:, None].to(tl.int64) * H + h[None, :], x)
+
+    @triton.jit
+    def _column(tile, k, axis: tl.constexpr):
+        """Column k of (N, 16), or row k of (16, ...)."""
+        return tl.sum(tl.where(tl.arange(0, OTHERS) == k, tile, 0.0), axis=axis)
+
+    @triton.jit(do_not_specialize=["batch"])
+    def _score_gradient_kernel(
+        of_scores,
+        of_predicted,
+        v,
+        g,
+        w1,
+        b1,
+        w2,
+        b2,
+        weight,
+        predicted,
+        before,
+        similarity,
+        lengths,
+        of_v,
+        of_before,
+        of_g,
+        sums,
+        batch,
+        share,
+        length_floor,
+        range_floor,
+        N: tl.constexpr,
+        C: tl.constexpr,
+        H: tl.constexpr,
+        M: tl.constexpr,
+        CHUNK: tl.constexpr,
+        SIMILARITY: tl.constexpr,
+    ):
+        own = tl.program_id(0)
+        m, b = own // batch, own % batch
+        n, h, o = tl.arange(0, N), tl.arange(0, H), tl.arange(0, OTHERS)
+        at = own * N + n
+        v += own.to(tl.int64) * N * C
+        of_v += own.to(tl.int64) * N * C
+
+        ds, p = tl.load(of_scores + at), tl.load(predicted + at)
+        dz = (share * ds + tl.load(of_predicted + at)) * p * (1 - p)
+        here = at[:, None].to(tl.int64) * H + h[None, :]
+        active, slope = _gelu(tl.load(before + here))
+        to = sums + own * 3 * H + h
+        tl.store(to + H, tl.sum(active * dz[:, None], axis=0))
+        tl.store(to + 2 * H, tl.zeros((H,), tl.float32) + tl.sum(dz))
+        dx = dz[:, None] * tl.load(w2 + m * H + h)[None, :] * slope
+        tl.store(to, tl.sum(dx, axis=0))
+        dx = dx.to(of_before.dtype.element_ty)
+        tl.store(of_before + here, dx)
+
+        inverse_g = tl.zeros((OTHERS,), tl.float32)
+        along = tl.zeros((N,), tl.float32)
+        along_g = tl.zeros((OTHERS,), tl.float32)
+        e = tl.zeros((N, OTHERS), tl.float32)
+        if SIMILARITY:
+            inverse_g = _inverse_lengths(g, b, batch, length_floor, C, M, CHUNK)
+            cosine = tl.load(similarity + at[:, None] * M + o[None, :], mask=(o < M)[None, :], other=0.0)
+            low, high = _range(cosine, N)
+            size = tl.maximum(high - low, range_floor)
+            parts = tl.load(weight + own * M + o, mask=o < M, other=0.0)
+            d = ds[:, None] * (parts / size)[None, :]
+            moved = tl.sum(d, axis=0)
+            widened = tl.sum(d * (cosine - low[None, :]), axis=0) / size
+            widened = tl.where(high - low >= range_floor, widened, 0.0)
+            is_low, is_high = cosine == low[None, :], cosine == high[None, :]
+            of_low = (widened - moved) / tl.sum(is_low.to(tl.float32), axis=0)
+            of_high = -widened / tl.sum(is_high.to(tl.float32), axis=0)
+            d += tl.where(is_low, of_low[None, :], 0.0) + tl.where(is_high, of_high[None, :], 0.0)
+            inverse_v = _inverse(tl.load(lengths + at), length_floor)
+            e = d * inverse_v[:, None]
+            along = tl.sum(e * cosine, axis=1) * inverse_v
+            there = tl.where(inverse_v > 0, 1.0, 0.0)
+            along_g = tl.sum(d * cosine * there[:, None], axis=0)
+        for first in tl.range(0, C, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            w = tl.load(w1 + (m * H + h)[:, None] * C + c[None, :]).to(dx.dtype)
+            dv = tl.dot(dx, w)
+            if SIMILARITY:
+                value = tl.load(v + n[:, None] * C + c[None, :]).to(tl.float32)
+                dv -= along[:, None] * value
+                for k in tl.static_range(M):
+                    inverse, e_k = _column(inverse_g, k, 0), _column(e, k, 1)
+                    query = tl.load(g + (k * batch + b) * C + c) * inverse
+                    dv += e_k[:, None] * query[None, :]
+                    dg = (tl.sum(e_k[:, None] * value, axis=0) - query * _column(along_g, k, 0)) * inverse
+                    tl.store(of_g + (own * M + k) * C + c, dg)
+            tl.store(of_v + n[:, None] * C + c[None, :], dv.to(of_v.dtype.element_ty))
+
+    @triton.jit
+    def _shares(scores, order, num_kept, N: tl.constexpr):
+        """Softmax of the dropped patches' scores in their order, (N,), 0 for the kept."""
+        k = tl.arange(0, N)
+        s = tl.where(k >= num_kept, tl.load(scores + tl.load(order + k)), float("-inf"))
+        share = tl.exp(s - tl.max(s))
+        return share / tl.sum(share)
+
+    @triton.jit(do_not_specialize=["num_kept"])
+    def _part_kernel(v, scores, order, kept, fused, num_kept, N: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+        own, k = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        order += own * N
+        share = _shares(scores + own * N, order, num_kept, N)
+        rows = own * N + tl.load(order + k)
+        for first in tl.range(0, C, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            value = tl.load(v + rows[:, None] * C + c[None, :]).to(tl.float32)
+            to = kept + (own * num_kept + k)[:, None] * C + c[None, :]
+            tl.store(to, value, mask=(k < num_kept)[:, None])
+            tl.store(fused + own * C + c, tl.sum(share[:, None] * value, axis=0))
+
+    @triton.jit(do_not_specialize=["num_kept"])
+    def _part_gradient_kernel(
+        of_kept,
+        of_fused,
+        v,
+        scores,
+        order,
+        of_v,
+        of_scores,
+        num_kept,
+        N: tl.constexpr,
+        C: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        own, k = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+        order += own * N
+        share = _shares(scores + own * N, order, num_kept, N)
+        index = tl.load(order + k)
+        rows = own * N + index
+        of_share = tl.zeros((N,), tl.float32)
+        for first in tl.range(0, C, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            df = tl.load(of_fused + own * C + c)
+            at = rows[:, None] * C + c[None, :]
+            is_kept = (k < num_kept)[:, None]
+            value = tl.load(v + at, mask=~is_kept, other=0.0).to(tl.float32)
+            of_share += tl.sum(value * df[None, :], axis=1)
+            dk = tl.load(of_kept + (own * num_kept + k)[:, None] * C + c[None, :], mask=is_kept, other=0.0)
+            tl.store(of_v + at, (dk + share[:, None] * df[None, :]).to(of_v.dtype.element_ty))
+        tl.store(of_scores + own * N + index, share * (of_share - tl.sum(share * of_share)))
