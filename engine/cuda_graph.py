@@ -102,7 +102,7 @@ class ReplayedPass:
             parameter.grad = grad
         recording.graph.replay()
         values, output = recording.result
-        return {name: value.clone() for name, value in values.items()}, output
+        return dict(zip(values, torch.stack(list(values.values())), strict=True)), output
 
     def _kind(self, batch: Batch, epoch: int) -> tuple:
         """What is fixed in a recording: weights of the loss, shapes and types of the batch."""

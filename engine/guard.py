@@ -35,8 +35,7 @@ class FiniteGuard:
         device = self.parameters[0].device
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.long, device=device)
-        self.bad_grads = torch.zeros(len(self.names), dtype=torch.bool, device=device)
-        self.bad_terms: Tensor | None = None
+        self.bad_values: Tensor | None = None  # of terms and gradients in that step
         self.term_names: tuple[str, ...] = ()
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.streak = torch.zeros((), dtype=torch.long, device=device)
@@ -67,9 +66,8 @@ class FiniteGuard:
         Returns:
             Whether this step was blocked, 0-d bool on the device.
         """
-        losses = torch.stack([v.detach().float() for v in terms.values()])
-        bad_losses = any_rank(~losses.isfinite())  # gradients are those of all ranks already
-        bad_now = bad_losses.any() | ~norms.isfinite().all()
+        bad_values = any_rank(~torch.cat([torch.stack([v.detach().float() for v in terms.values()]), norms]).isfinite())
+        bad_now = bad_values.any()
         if self.scaler.is_enabled():
             self.skipped += bad_now
             self.streak = torch.where(bad_now, self.streak + 1, 0)
@@ -79,8 +77,8 @@ class FiniteGuard:
         else:
             first = bad_now & ~self.bad
             self.bad_step = torch.where(first, step, self.bad_step)
-            self.bad_grads = torch.where(first, ~norms.isfinite(), self.bad_grads)
-            self.bad_terms = bad_losses if self.bad_terms is None else torch.where(first, bad_losses, self.bad_terms)
+            known = bad_values if self.bad_values is None else self.bad_values
+            self.bad_values = torch.where(first, bad_values, known)
             self.term_names = tuple(terms)
             self.bad |= bad_now
             blocked = self.bad
@@ -112,11 +110,11 @@ class FiniteGuard:
                     "Set SOLVER.AMP to bf16 or float32, or lower SOLVER.BASE_LR and BACKBONE_LR."
                 )
             return
-        if self.bad_terms is None or not self.bad:
+        if self.bad_values is None or not self.bad:
             return
-        bad_grads, bad_terms = self.bad_grads.tolist(), self.bad_terms.tolist()
-        terms = [name for name, bad in zip(self.term_names, bad_terms, strict=True) if bad]
-        grads = [name for name, bad in zip(self.names, bad_grads, strict=True) if bad]
+        values = self.bad_values.tolist()
+        terms = [name for name, bad in zip(self.term_names, values, strict=False) if bad]
+        grads = [name for name, bad in zip(self.names, values[len(self.term_names) :], strict=True) if bad]
         what = []
         if terms:
             what.append(f"the loss terms {', '.join(terms)}")

@@ -78,7 +78,8 @@ class TrainStep:
                     loss, terms, output = self.objective(part, epoch)
                 self.guard.scaler.scale(loss / self.parts).backward()
             for name, value in {"loss": loss, **terms, "acc": accuracy(output, part.pid)}.items():
-                values[name] = values.get(name, 0) + value.detach() / self.parts
+                share = value.detach() / self.parts if self.parts > 1 else value.detach()
+                values[name] = values[name] + share if name in values else share
         return values, output
 
 

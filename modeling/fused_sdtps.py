@@ -15,28 +15,29 @@ class FusedSDTPS(SDTPS):
     """`SDTPS` with the same weights and results; what is computed otherwise are its scores and the parting of the kept
     patches from the dropped, for patches in half precision on a GPU."""
 
-    def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
-        if not can_fuse(self, v):
-            return super().decide(v, g, present)
-        with torch.autocast(v.device.type, enabled=False):
-            scores, predicted = self.score_by_kernels(v, g, present)
-            return Choice(scores, predicted, *self.choose(scores))
-
-    def aggregate(self, v: Tensor, choice: Choice, present: Tensor | None = None) -> Selection:
+    def select(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Selection:
         if self.num_kept == self.num_patches or not can_fuse(self, v):
-            return super().aggregate(v, choice, present)
-        order = torch.cat([choice.kept, choice.dropped], dim=-1)
-        kept, fused = part_patches(v, choice.scores, order, self.num_kept)
+            return super().select(v, g, present)
+        choice, v = self._decide(v, g, present)
+        kept, fused = part_patches(v, choice.scores, torch.cat([choice.kept, choice.dropped], dim=-1), self.num_kept)
         with matmul_precision("high"):  # TF32, of more digits than the patches have
             return self.finish(choice, kept, fused, present)
 
-    def score_by_kernels(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`score` of patches in half precision."""
+    def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
+        return self._decide(v, g, present)[0] if can_fuse(self, v) else super().decide(v, g, present)
+
+    def _decide(self, v: Tensor, g: Tensor, present: Tensor | None) -> tuple[Choice, Tensor]:
+        with torch.autocast(v.device.type, enabled=False):
+            scores, predicted, v = self.score_by_kernels(v, g, present)
+            return Choice(scores, predicted, *self.choose(scores)), v
+
+    def score_by_kernels(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`score` of patches in half precision; and these once more, see `score_patches`."""
         g = g.float()
         layers = [(first, second) for first, _, second in self.predictor.values()]
         w1, b1 = (torch.stack([getattr(first, name) for first, _ in layers]) for name in ("weight", "bias"))
         w2, b2 = (torch.cat([getattr(second, name) for _, second in layers]) for name in ("weight", "bias"))
-        scores, predicted = score_patches(
+        scores, predicted, v = score_patches(
             v,
             g,
             (w1, b1, w2, b2),
@@ -45,10 +46,7 @@ class FusedSDTPS(SDTPS):
             floors=(NORM_FLOOR, RANGE_FLOOR),
             similarity_grad=self.score_grad == "all",
         )
-        return (scores.detach() if self.score_grad == "none" else scores), predicted
-
-    def _prepared(self, v: Tensor) -> Tensor:
-        return v.contiguous() if can_fuse(self, v) else super()._prepared(v)
+        return (scores.detach() if self.score_grad == "none" else scores), predicted, v
 
 
 def can_fuse(sdtps: SDTPS, v: Tensor) -> bool:
@@ -57,9 +55,8 @@ def can_fuse(sdtps: SDTPS, v: Tensor) -> bool:
     if v.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
         return False
     patches, channels = v.shape[2:]
-    fits = sdtps.similarity == "cosine" and has_kernels(
-        patches, channels, next(iter(sdtps.predictor.values()))[0].out_features
-    )
+    own = sdtps.similarity == "cosine" and patches == sdtps.num_patches
+    fits = own and has_kernels(patches, channels, next(iter(sdtps.predictor.values()))[0].out_features)
     return fits and can_launch(v.device) and kernels_agree(patches, channels, v.dtype, v.device)
 
 
@@ -107,8 +104,8 @@ def relative_errors(
         def differentiated(patches: Tensor, kernels: bool) -> list[Tensor]:
             patches = patches.detach().requires_grad_()
             if kernels:
-                scores, predicted = sdtps.score_by_kernels(patches, g, present)
-                parted = part_patches(patches, scores, torch.cat([kept, dropped], dim=-1), kept.shape[-1])
+                scores, predicted, tap = sdtps.score_by_kernels(patches, g, present)
+                parted = part_patches(tap, scores, torch.cat([kept, dropped], dim=-1), kept.shape[-1])
             else:
                 wide = patches.float()
                 scores, predicted = sdtps.score(wide, g, present)

@@ -109,7 +109,7 @@ class ReIDModel(nn.Module):
             head_dims["sdtps"] = len(MODALITIES) * width
         self.heads = nn.ModuleDict({name: BNNeck(dim, num_classes) for name, dim in head_dims.items()})
         if sdtps is not None:
-            self.pool = make_pool(sdtps_pool, width)
+            self.pool = make_pool(sdtps_pool, width, backbone.fused)
             self.aux_pool = make_pool("attention", width) if sdtps_aux_head else None
             if sdtps_aux_head:
                 self.heads["sdtps_aux"] = BNNeck(len(MODALITIES) * width, num_classes)

@@ -11,6 +11,7 @@ from timm.layers.activations import quick_gelu
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from modeling import fused_vit
 from modeling.per_modality import norm_linear
 from utils.modalities import MODALITIES
 
@@ -106,10 +107,15 @@ class CrossPool(nn.Module):
     is joined with the mean of its tokens and reduced.
 
     What the backbone keeps apart meets here. It costs next to nothing, as few tokens are left.
+
+    Args:
+        embed_dim: C.
+        fused: use the kernels of `modeling.fused_vit` where they compute the same.
     """
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, embed_dim: int, fused: bool = False):
         super().__init__()
+        self.fused = fused
         self.modality = nn.Parameter(torch.empty(len(MODALITIES), 1, embed_dim))
         nn.init.trunc_normal_(self.modality, std=0.02)
         self.block = Block(embed_dim, _num_heads(embed_dim), mlp_ratio=2.0, qkv_bias=True)
@@ -123,8 +129,14 @@ class CrossPool(nn.Module):
             seen = present | ~present.any(dim=1, keepdim=True)
             seen = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
-        x = self.block((x + self.modality).flatten(1, 2), attn_mask=mask).unflatten(1, shape).transpose(0, 1)
+        x = self._mixed((x + self.modality).flatten(1, 2), mask).unflatten(1, shape).transpose(0, 1)
         return self.reduce(x[:, :, 0], x[:, :, 1:].mean(dim=2))
+
+    def _mixed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer itself, (B, T, C) -> (B, T, C)."""
+        if mask is None and self.fused and fused_vit.can_fuse([self.block], x.shape[1], x.device):
+            return fused_vit.run_blocks([self.block], x)
+        return self.block(x, attn_mask=mask)
 
 
 TOKEN_POOLS = ("mean", "gem", "attention", "transformer")
@@ -132,8 +144,12 @@ TOKEN_POOLS = ("mean", "gem", "attention", "transformer")
 POOLS = (*TOKEN_POOLS, "reduce", "cross")
 
 
-def make_pool(kind: str, embed_dim: int) -> nn.Module:
+def make_pool(kind: str, embed_dim: int, fused: bool = False) -> nn.Module:
     """One of `POOLS`: tokens (M, B, T, C), class tokens (M, B, C), present (B, M) bool or None -> (M, B, C).
+
+    Args:
+        embed_dim: C.
+        fused: see `CrossPool`; the others know nothing of it.
 
     Raises:
         ValueError: there is no such pooling.
@@ -141,7 +157,7 @@ def make_pool(kind: str, embed_dim: int) -> nn.Module:
     if kind == "reduce":
         return ReducePool(embed_dim)
     if kind == "cross":
-        return CrossPool(embed_dim)
+        return CrossPool(embed_dim, fused)
     return OwnPool(kind, embed_dim)
 
 

@@ -245,12 +245,9 @@ class SDTPS(nn.Module):
         """`forward` on tokens (M, B, N, C) and globals (M, B, C) of all modalities, in the order of MODALITIES."""
         if v.shape[2] != self.num_patches:
             raise ValueError(f"got {v.shape[2]} patch tokens, this SDTPS was built for {self.num_patches}")
-        v = self._prepared(v)  # once for both halves
+        v = _at_least_float32(v)  # once for both halves
         choice = self.decide(v, g, present)
         return self.aggregate(v, choice, present)
-
-    def _prepared(self, v: Tensor) -> Tensor:
-        return _at_least_float32(v)
 
     def decide(self, v: Tensor, g: Tensor, present: Tensor | None = None) -> Choice:
         """Scores and chooses: the first half of `select`, for patches that have a way to go before they are mixed."""

@@ -26,18 +26,41 @@ def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> 
     backward() accepts. Equal features have distance 0 and pass no gradient.
 
     Args:
-        features: (B, D).
+        features: (..., B, D); losses are apart for what stands before the batch.
         pid: (B,) integers.
         margin: the hinge's margin; None for the soft margin.
+
+    Returns:
+        (...)
     """
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         same = pid[:, None] == pid
-        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-        d_ap = distance.masked_fill(~same, -math.inf).amax(dim=1)
-        d_an = distance.masked_fill(same, math.inf).amin(dim=1)
+        distance = _Distances.apply(features)
+        d_ap = distance.masked_fill(~same, -math.inf).amax(dim=-1)
+        d_an = distance.masked_fill(same, math.inf).amin(dim=-1)
         losses = F.softplus(d_ap - d_an) if margin is None else F.relu(d_ap - d_an + margin)
-        return torch.where(same.all(), 0.0, losses).mean()
+        return torch.where(same.all(), 0.0, losses).mean(dim=-1)
+
+
+class _Distances(torch.autograd.Function):
+    """Euclidean distances of all pairs, (..., B, D) -> (..., B, B).
+
+    The gradient is a product with a (B, B) matrix, where that of torch.cdist visits all pairs once for each side.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:  # type: ignore[override]
+        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(features, distance)
+        return distance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        features, distance = ctx.saved_tensors
+        pull = torch.where(distance > 0, grad / distance, 0.0)
+        pull = pull + pull.mT
+        return pull.sum(-1, keepdim=True) * features - pull @ features
 
 
 def make_loss(cfg: CfgNode, num_classes: int) -> "ReIDLoss":
@@ -104,19 +127,22 @@ class ReIDLoss:
         Raises:
             UserError: every term has weight 0.
         """
-        weighted, terms = [], {}
         features, pids = mined or (output.features, pid)
-        for head, logits in output.logits.items():
-            branch_weight = self.branch_weight(head, epoch)
-            for name, weight, function, tensor, labels in (
-                ("id", branch_weight * self.id_weight, self._identity_loss, logits, pid),
-                ("triplet", branch_weight * self.triplet_weight, self._triplet_loss, features[head], pids),
-            ):
-                with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
-                    loss = function(tensor, labels)
-                terms[f"{name}/{head}"] = loss.detach()
-                if weight > 0:
-                    weighted.append(weight * loss)
+        losses: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for name, own_weight, function, tensors, labels in (
+            ("id", self.id_weight, self._identity_losses, output.logits, pid),
+            ("triplet", self.triplet_weight, self._triplet_losses, features, pids),
+        ):
+            own = {head: own_weight * self.branch_weight(head, epoch) for head in output.logits}
+            kinds = {head: (own[head] > 0, tensors[head].dtype, tensors[head].shape) for head in own}
+            for heads in _alike(kinds):
+                with torch.set_grad_enabled(own[heads[0]] > 0 and torch.is_grad_enabled()):
+                    found = function(torch.stack([tensors[head] for head in heads]), labels)
+                losses.update(zip([f"{name}/{head}" for head in heads], found, strict=True))
+            weights.update({f"{name}/{head}": weight for head, weight in own.items()})
+        terms = {f"{name}/{head}": losses[f"{name}/{head}"].detach() for head in own for name in ("id", "triplet")}
+        weighted = [weights[name] * losses[name] for name in terms if weights[name] > 0]
         if not weighted:
             raise UserError(
                 f"epoch {epoch}: every loss of {', '.join(terms)} has weight 0, so there is nothing to learn; check "
@@ -139,11 +165,24 @@ class ReIDLoss:
         return each * sum(self.branch_weight(head, epoch) for head in heads)
 
     @region
-    def _identity_loss(self, logits: Tensor, pid: Tensor) -> Tensor:
-        assert logits.shape[1] == self.num_classes, f"{logits.shape[1]} logits for {self.num_classes} classes"
+    def _identity_losses(self, logits: Tensor, pid: Tensor) -> Tensor:
+        """Logits of some heads (G, B, num_classes) -> (G,)."""
+        assert logits.shape[2] == self.num_classes, f"{logits.shape[2]} logits for {self.num_classes} classes"
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, pid, label_smoothing=self.smoothing)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), pid.repeat(len(logits)), label_smoothing=self.smoothing, reduction="none"
+        )
+        return losses.unflatten(0, logits.shape[:2]).mean(1)
 
     @region
-    def _triplet_loss(self, features: Tensor, pid: Tensor) -> Tensor:
+    def _triplet_losses(self, features: Tensor, pid: Tensor) -> Tensor:
+        """Features of some heads (G, B, D) -> (G,)."""
         return triplet_loss(features, pid, self.margin)
+
+
+def _alike(kinds: dict[str, Any]) -> list[list[str]]:
+    """Heads of equal kinds together."""
+    groups: dict[Any, list[str]] = {}
+    for head, kind in kinds.items():
+        groups.setdefault(kind, []).append(head)
+    return list(groups.values())

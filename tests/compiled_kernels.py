@@ -41,7 +41,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     out.sum().backward()
     sdtps = FusedSDTPS(embed_dim=512, num_patches=128)
     v, g = torch.zeros(3, 2, 128, 512, dtype=torch.bfloat16, requires_grad=True), torch.zeros(3, 2, 512)
-    scores, _ = sdtps.score_by_kernels(v, g)
+    scores, _, v = sdtps.score_by_kernels(v, g)
     kept, fused = selection.part_patches(v, scores, torch.zeros_like(scores, dtype=torch.long), 64)
     (kept.sum() + fused.sum()).backward()
     return seen

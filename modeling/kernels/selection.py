@@ -39,7 +39,7 @@ def score_patches(
     share: float,
     floors: tuple[float, float],
     similarity_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """s = share * p + sum over o of weight_o * min_max(cosine(v, g_o)), with p = sigmoid(w2 gelu(w1 v + b1) + b2).
 
     Args:
@@ -51,7 +51,8 @@ def score_patches(
         similarity_grad: False detaches the similarities.
 
     Returns:
-        s and p, (M, B, N) float32 each.
+        s and p, (M, B, N) float32 each, and v once more: what comes back from whoever reads that one is added to v's
+        gradient while it is written.
     """
     return _Score.apply(v, g, *predictor, weight, share, floors, similarity_grad)
 
@@ -74,33 +75,39 @@ def part_patches(v: Tensor, scores: Tensor, order: Tensor, num_kept: int) -> tup
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v, g, w1, b1, w2, b2, weight, share, floors, similarity_grad):  # type: ignore[override]
-        v, g = v.contiguous(), g.float().contiguous()
+        ctx.set_materialize_grads(False)
         modalities, batch, patches, channels = v.shape
+        g, apart = g.float().contiguous(), v.stride(1)
+        v = v if v.stride() == (batch * apart, apart, channels, 1) else v.contiguous()  # images may lie apart
+        packed = v if v.is_contiguous() else v.new_empty(v.shape)
         hidden = w1.shape[1]
         scores, predicted, lengths = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(3))
         similarity = scores.new_empty(*v.shape[:3], modalities)
         before = scores.new_empty(*v.shape[:3], hidden)
         ctx.sizes = {"N": patches, "C": channels, "H": hidden, "M": modalities, "CHUNK": CHUNK}
         ctx.numbers = (batch, share, *floors)
-        args = (v, g, w1.contiguous(), b1, w2, b2, weight.contiguous())
-        out = (scores, predicted, before, similarity, lengths)
-        launch(_score_kernel, (modalities * batch,), *args, *out, *ctx.numbers, **ctx.sizes, num_warps=8)
+        args = (g, w1.contiguous(), b1, w2, b2, weight.contiguous())
+        out = (scores, predicted, before, similarity, lengths, packed)
+        options = {"PACK": packed is not v, "num_warps": 8}
+        kernel_args = (v, v.stride(1), *args, *out, *ctx.numbers)
+        launch(_score_kernel, (modalities * batch,), *kernel_args, **ctx.sizes, **options)
         ctx.similarity_grad = similarity_grad
-        ctx.save_for_backward(*args, predicted, before, similarity, lengths)
-        return scores, predicted
+        ctx.save_for_backward(packed, *args, predicted, before, similarity, lengths)
+        return scores, predicted, packed.view_as(packed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_scores, grad_predicted):  # type: ignore[override]
-        v, g, w1, *_ = ctx.saved_tensors
+    def backward(ctx: Any, grad_scores, grad_predicted, grad_tap):  # type: ignore[override]
+        v, g, w1, *_, predicted, _, _, _ = ctx.saved_tensors
         modalities, batch, patches, _ = v.shape
         hidden = w1.shape[1]
         of_v, of_before = torch.empty_like(v), v.new_empty(modalities, batch * patches, hidden)
         of_g = g.new_empty(modalities, batch, *g.shape[::2]) if ctx.similarity_grad else None
         sums = g.new_empty(modalities, batch, 3, hidden)  # for b1, w2 and b2
-        grads = (grad_scores.contiguous(), grad_predicted.contiguous())
-        args = (*grads, *ctx.saved_tensors, of_v, of_before, of_g, sums)
-        options = {"SIMILARITY": ctx.similarity_grad, "num_warps": 8}
+        grads = [torch.zeros_like(predicted) if x is None else x.contiguous() for x in (grad_scores, grad_predicted)]
+        of_tap = None if grad_tap is None else grad_tap.contiguous()
+        args = (*grads, *ctx.saved_tensors, of_tap, of_v, of_before, of_g, sums)
+        options = {"SIMILARITY": ctx.similarity_grad, "ADD": of_tap is not None, "num_warps": 8}
         launch(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
         of_b1, of_w2, of_b2 = sums.sum(1).unbind(1)
         of_w1 = _weight_gradients(of_before, v.flatten(1, 2))
@@ -150,6 +157,14 @@ if triton is not None:
         return tl.dot(a, low, tl.dot(a, high, acc))
 
     @triton.jit
+    def _dot_both(a, b, like):
+        """a @ b of float32 matrices by products in the type of `like`, a pointer, but nearly as exact."""
+        dtype: tl.constexpr = like.dtype.element_ty
+        a_high, b_high = a.to(dtype), b.to(dtype)
+        a_low, b_low = (a - a_high.to(tl.float32)).to(dtype), (b - b_high.to(tl.float32)).to(dtype)
+        return tl.dot(a_low, b_high, tl.dot(a_high, b_low, tl.dot(a_high, b_high)))
+
+    @triton.jit
     def _inverse(length, floor):
         """1 / length, 0 for what is too short to have a direction."""
         return tl.where(length >= floor, 1 / tl.maximum(length, floor), 0.0)
@@ -179,6 +194,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["batch"])
     def _score_kernel(
         v,
+        apart,
         g,
         w1,
         b1,
@@ -190,6 +206,7 @@ if triton is not None:
         before,
         similarity,
         lengths,
+        packed,
         batch,
         share,
         length_floor,
@@ -199,17 +216,21 @@ if triton is not None:
         H: tl.constexpr,
         M: tl.constexpr,
         CHUNK: tl.constexpr,
+        PACK: tl.constexpr,
     ):
         own = tl.program_id(0)
         m, b = own // batch, own % batch
         n, h, o = tl.arange(0, N), tl.arange(0, H), tl.arange(0, OTHERS)
-        v += own.to(tl.int64) * N * C
+        v += own.to(tl.int64) * apart
+        packed += own.to(tl.int64) * N * C
         inverse_g = _inverse_lengths(g, b, batch, length_floor, C, M, CHUNK)
         squares = tl.zeros((N,), tl.float32)
         dots, x = tl.zeros((N, OTHERS), tl.float32), tl.zeros((N, H), tl.float32)
         for first in tl.range(0, C, CHUNK):
             c = first + tl.arange(0, CHUNK)
             value = tl.load(v + n[:, None] * C + c[None, :])
+            if PACK:
+                tl.store(packed + n[:, None] * C + c[None, :], value)
             squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), axis=1)
             query = tl.load(g + (o * batch + b)[None, :] * C + c[:, None], mask=(o < M)[None, :], other=0.0)
             dots = _dot_exact(value, query * inverse_g[None, :], dots)
@@ -230,11 +251,6 @@ if triton is not None:
         tl.store(similarity + at[:, None] * M + o[None, :], cosine, mask=(o < M)[None, :])
         tl.store(before + at[:, None].to(tl.int64) * H + h[None, :], x)
 
-    @triton.jit
-    def _column(tile, k, axis: tl.constexpr):
-        """Column k of (N, 16), or row k of (16, ...)."""
-        return tl.sum(tl.where(tl.arange(0, OTHERS) == k, tile, 0.0), axis=axis)
-
     @triton.jit(do_not_specialize=["batch"])
     def _score_gradient_kernel(
         of_scores,
@@ -250,6 +266,7 @@ if triton is not None:
         before,
         similarity,
         lengths,
+        of_tap,
         of_v,
         of_before,
         of_g,
@@ -264,6 +281,7 @@ if triton is not None:
         M: tl.constexpr,
         CHUNK: tl.constexpr,
         SIMILARITY: tl.constexpr,
+        ADD: tl.constexpr,
     ):
         own = tl.program_id(0)
         m, b = own // batch, own % batch
@@ -271,6 +289,8 @@ if triton is not None:
         at = own * N + n
         v += own.to(tl.int64) * N * C
         of_v += own.to(tl.int64) * N * C
+        if ADD:
+            of_tap += own.to(tl.int64) * N * C
 
         ds, p = tl.load(of_scores + at), tl.load(predicted + at)
         dz = (share * ds + tl.load(of_predicted + at)) * p * (1 - p)
@@ -312,14 +332,15 @@ if triton is not None:
             w = tl.load(w1 + (m * H + h)[:, None] * C + c[None, :]).to(dx.dtype)
             dv = tl.dot(dx, w)
             if SIMILARITY:
-                value = tl.load(v + n[:, None] * C + c[None, :]).to(tl.float32)
-                dv -= along[:, None] * value
-                for k in tl.static_range(M):
-                    inverse, e_k = _column(inverse_g, k, 0), _column(e, k, 1)
-                    query = tl.load(g + (k * batch + b) * C + c) * inverse
-                    dv += e_k[:, None] * query[None, :]
-                    dg = (tl.sum(e_k[:, None] * value, axis=0) - query * _column(along_g, k, 0)) * inverse
-                    tl.store(of_g + (own * M + k) * C + c, dg)
+                value = tl.load(v + n[:, None] * C + c[None, :])
+                query = tl.load(g + (o * batch + b)[:, None] * C + c[None, :], mask=(o < M)[:, None], other=0.0)
+                query *= inverse_g[:, None]
+                dv += _dot_both(e, query, v) - along[:, None] * value.to(tl.float32)
+                dg = tl.trans(_dot_exact(tl.trans(value), e, tl.zeros((CHUNK, OTHERS), tl.float32)))
+                dg = (dg - query * along_g[:, None]) * inverse_g[:, None]
+                tl.store(of_g + (own * M + o)[:, None] * C + c[None, :], dg, mask=(o < M)[:, None])
+            if ADD:
+                dv += tl.load(of_tap + n[:, None] * C + c[None, :]).to(tl.float32)
             tl.store(of_v + n[:, None] * C + c[None, :], dv.to(of_v.dtype.element_ty))
 
     @triton.jit
