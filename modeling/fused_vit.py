@@ -10,7 +10,7 @@ step, and does not compute them.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,32 +141,43 @@ def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Ten
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     layers = [layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
     x, normed = norm_for(tokens, norms[0], kept[0])
-    inner = [layer for block in blocks for layer in (block.attn.qkv, block.mlp.fc1)]
-    half = halves([layer.weight for layer in (*inner, *layers)], normed.dtype)
+    cast = iter(halves([part for block in blocks for part in _cast_parts(block)], normed.dtype))
     for i, last in enumerate(layers):
-        block, pair = blocks[i // 2], (half[i], half[i + len(inner)])
-        out = _attention(block.attn, normed, *pair) if i % 2 == 0 else _mlp(block.mlp, normed, *pair)
+        block = blocks[i // 2]
+        out = _attention(block.attn, normed, cast) if i % 2 == 0 else _mlp(block.mlp, normed, cast)
         branch = Branch(out, last.bias, kept[i])
         if i + 1 < len(layers):
             x, normed = norm_for(x, norms[i + 1], kept[i + 1], branch)
     return add_branch(x, branch)
 
 
-def _attention(attn: Any, x: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> Tensor:
-    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W); weights in half precision beside."""
-    qkv = linear(x, attn.qkv.weight, attn.qkv.bias, qkv_weight)
+def _cast_parts(block: Any) -> list[Tensor]:
+    """What a block takes in half precision, in the order in which it does."""
+    attn, mlp = block.attn, block.mlp
+    bias = [] if attn.qkv.bias is None else [attn.qkv.bias]
+    return [attn.qkv.weight, *bias, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight]
+
+
+def _attention(attn: Any, x: Tensor, cast: Iterator[Tensor]) -> Tensor:
+    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W).
+
+    What is added to all keys adds the same to all scores of a query, of which the softmax takes no notice.
+    """
+    width, bias = attn.qkv.in_features, attn.qkv.bias
+    half = next(cast), None if bias is None else next(cast)
+    qkv = linear(x, attn.qkv.weight, bias, half, idle=(width, 2 * width))
     if prefix := prefix_for(x.shape[1], attn.num_heads, attn.head_dim, qkv.dtype, x.device):
         out = tiled_attention(qkv, attn.num_heads, prefix)
     else:
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, attn.num_heads, -1)).unbind(2))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return linear(out, attn.proj.weight, None, proj_weight)
+    return linear(out, attn.proj.weight, half=(next(cast), None))
 
 
-def _mlp(mlp: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """MLP without the bias of its last layer, (B, L, W) -> (B, L, W); weights in half precision beside."""
-    hidden = linear(x, mlp.fc1.weight, None, first)
-    return activated_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp), second)
+def _mlp(mlp: Any, x: Tensor, cast: Iterator[Tensor]) -> Tensor:
+    """MLP without the bias of its last layer, (B, L, W) -> (B, L, W)."""
+    hidden = linear(x, mlp.fc1.weight, half=(next(cast), None))
+    return activated_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp), next(cast))
 
 
 @functools.cache

@@ -130,7 +130,8 @@ class CrossPool(nn.Module):
             seen = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
         x = self._mixed((x + self.modality).flatten(1, 2), mask).unflatten(1, shape).transpose(0, 1)
-        return self.reduce(x[:, :, 0], x[:, :, 1:].mean(dim=2))
+        class_tokens, tokens = x.split([1, shape[1] - 1], dim=2)
+        return self.reduce(class_tokens.squeeze(2), tokens.mean(dim=2))
 
     def _mixed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The layer itself, (B, T, C) -> (B, T, C)."""

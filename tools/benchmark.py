@@ -30,7 +30,7 @@ from yacs.config import CfgNode
 from configs import load_cfg
 from data import Batch, make_dataloader
 from engine.compile import compile_training, should_compile
-from engine.device import autocast_dtype, select_device
+from engine.device import autocast_dtype, select_device, spare_workspace
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
 from engine.parallel import Objective
@@ -285,6 +285,7 @@ ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
 
 def main(args: argparse.Namespace) -> None:
     setup_logging(level=logging.WARNING)
+    spare_workspace()
     if args.profile:
         log.warning("%s", profile_step(load_cfg(args.config_file, [*RANDOM_WEIGHTS, *args.opts])))
         return

@@ -18,13 +18,22 @@ TOTAL = {"R": 256, "C": 16}
 """Rows and columns that a program takes at a time as it sums up what others have."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    half: tuple[Tensor, Tensor | None] | None = None,
+    idle: tuple[int, int] = (0, 0),
+) -> Tensor:
     """x @ weight.T + bias, in the type of x: (..., V), (W, V), (W,) -> (..., W).
 
     Args:
-        half: the weight in the type of x, where it is at hand; see `halves`.
+        half: weight and bias in the type of x, where they are at hand; see `halves`.
+        idle: from where to where the bias moves nothing that follows, so that its gradient is zero.
     """
-    return _Linear.apply(x, weight, bias, weight.detach().to(x.dtype) if half is None else half)
+    if half is None:
+        half = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
+    return _Linear.apply(x, weight, bias, *half, idle)
 
 
 def halves(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -36,11 +45,11 @@ def halves(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, w):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, w, b, idle):  # type: ignore[override]
         rows = x.flatten(0, -2)
-        out = rows @ w.T if bias is None else torch.addmm(bias.to(x.dtype), rows, w.T)
+        out = rows @ w.T if b is None else torch.addmm(b, rows, w.T)
         ctx.save_for_backward(rows, w)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.idle = weight.dtype, idle
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -48,12 +57,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[override]
         rows, w = ctx.saved_tensors
         g = grad.flatten(0, -2).contiguous()
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         return (
             (g @ w).unflatten(0, grad.shape[:-1]) if of_x else None,
             weight_gradient(g, rows, ctx.dtype) if of_weight else None,
-            column_sums(g) if of_bias else None,
-            None,
+            column_sums(g, ctx.idle) if of_bias else None,
+            *[None] * 3,
         )
 
 
@@ -66,12 +75,13 @@ def weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad_out.mT @ x).to(dtype)
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """(M, W) -> (W,) float32."""
+def column_sums(x: Tensor, idle: tuple[int, int] = (0, 0)) -> Tensor:
+    """(M, W) -> (W,) float32, zeros from where to where `idle` says, which are not read."""
     programs = triton.cdiv(len(x), ROWS)
     sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
     grid = (triton.cdiv(x.shape[1], COLUMNS) * programs,)
-    launch(_sum_kernel, grid, x, sums, len(x), W=x.shape[1], R=CHUNK, C=COLUMNS, ROWS=ROWS)
+    sizes = {"W": x.shape[1], "IDLE": idle[0], "BUSY": idle[1], "R": CHUNK, "C": COLUMNS, "ROWS": ROWS}
+    launch(_sum_kernel, grid, x, sums, len(x), **sizes)
     return sum_parts(sums)
 
 
@@ -92,14 +102,24 @@ if triton is not None:
         return program // across, (program % across) * C + tl.arange(0, C)
 
     @triton.jit(do_not_specialize=["M"])
-    def _sum_kernel(x, sums, M, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+    def _sum_kernel(
+        x,
+        sums,
+        M,
+        W: tl.constexpr,
+        IDLE: tl.constexpr,
+        BUSY: tl.constexpr,
+        R: tl.constexpr,
+        C: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
         part, columns = tile_of(tl.program_id(0), W, C)
+        busy = (columns < IDLE) | ((columns >= BUSY) & (columns < W))
         total = tl.zeros((R, C), tl.float32)
         for first in tl.range(part * ROWS, (part + 1) * ROWS, R):
             rows = first + tl.arange(0, R)
             at = rows[:, None].to(tl.int64) * W + columns[None, :]
-            inside = (rows < M)[:, None] & (columns < W)[None, :]
-            total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(x + at, mask=(rows < M)[:, None] & busy[None, :], other=0.0).to(tl.float32)
         tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)
 
     @triton.jit(do_not_specialize=["M"])
