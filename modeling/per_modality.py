@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from modeling.kernels.linear import weight_gradient
+
 PARTS = 32
 """Parts of the rows by which the gradient of a weight is summed up on a GPU, at most."""
 MANY_ROWS = 2048
@@ -49,37 +51,39 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, ..., C), weight (M, D, C), bias (M, D) -> (M, ..., D)."""
     rows = x.flatten(1, -2)
-    out = _ManyRows.apply(rows, weight) if _has_many_rows(rows) else rows @ weight.transpose(1, 2)
+    if rows.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(rows.device.type) and rows.dtype is not torch.float64
+        out = _Rows.apply(rows, weight, torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype)
+    else:
+        out = rows @ weight.transpose(1, 2)
     if bias is not None:
         out = out + bias.unsqueeze(1).to(out.dtype)
     return out.unflatten(1, x.shape[1:-1])
 
 
-def _has_many_rows(rows: Tensor) -> bool:
-    """Whether `_ManyRows` is faster: on a GPU, in the precision that is given."""
-    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(rows.device.type)
-    return rows.is_cuda and plain and rows.shape[1] >= MANY_ROWS
-
-
-class _ManyRows(torch.autograd.Function):
-    """x @ weight^T of (M, R, C) and (M, D, C), whose gradient of the weight is summed up in parts of the rows.
+class _Rows(torch.autograd.Function):
+    """x @ weight^T of (M, R, C) and (M, D, C) in a type, whose gradient of the weight arrives in the weight's type and
+    layout, and of many rows is summed up in parts.
 
     It is a small matrix, a sum over thousands of rows: as one product, a few multiprocessors do all of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        ctx.precision = torch.get_float32_matmul_precision()
-        return x @ weight.transpose(1, 2)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        rows, w = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, w)
+        ctx.precision, ctx.dtypes = torch.get_float32_matmul_precision(), (x.dtype, weight.dtype)
+        return rows @ w.mT
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        of_x, of_weight = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        rows, w = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        x_dtype, w_dtype = ctx.dtypes
         with matmul_precision(ctx.precision):
-            return grad @ weight if of_x else None, _sum_in_parts(grad, x) if of_weight else None
+            grad_x = (grad @ w).to(x_dtype) if of_x else None
+            return grad_x, _weight_gradient(grad, rows, w_dtype) if of_weight else None, None
 
 
 class _Product(torch.autograd.Function):
@@ -110,7 +114,10 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _sum_in_parts(grad: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T @ x, (M, R, D) and (M, R, C) -> (M, D, C)."""
+    if x.shape[1] < MANY_ROWS:
+        return weight_gradient(grad, x, dtype)
     parts = (math.gcd(PARTS, x.shape[1]), -1)
-    return (grad.unflatten(1, parts).transpose(2, 3) @ x.unflatten(1, parts)).sum(1)
+    of_parts = grad.unflatten(1, parts).flatten(0, 1), x.unflatten(1, parts).flatten(0, 1)
+    return weight_gradient(*of_parts, dtype).unflatten(0, (len(x), -1)).sum(1)

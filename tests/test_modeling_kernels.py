@@ -93,7 +93,9 @@ def test_linear(bias):
 @pytest.mark.parametrize("act", [QuickGELU(), nn.GELU()])
 def test_activated_linear(act):
     hidden, bias, weight = leaf(3, 7, 40), leaf(40), leaf(12, 40)
-    agree(activated_linear(hidden, bias, weight, act), act(hidden + bias) @ weight.T, [hidden, bias, weight])
+    for keep in (False, True):
+        found = activated_linear(hidden, bias, weight, act, keep=keep)
+        agree(found, act(hidden + bias) @ weight.T, [hidden, bias, weight])
 
 
 @pytest.mark.parametrize("normed", [True, False])

@@ -39,17 +39,44 @@ def test_norm_and_linear_are_each_modality_s_own(shape):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("many", [0, 100])
 @pytest.mark.parametrize("rows", [6, 7])  # by parts of half of them; 7 cannot be divided
-def test_gradients_in_parts_are_the_gradients(monkeypatch, rows):
-    monkeypatch.setattr(per_modality, "_has_many_rows", lambda x: True)
+def test_gradients_as_on_a_gpu_are_the_gradients(monkeypatch, rows, many):
+    """In parts of the rows from `many` on."""
+    monkeypatch.setattr(per_modality, "MANY_ROWS", many)
     monkeypatch.setattr(per_modality, "PARTS", 2)
-    own, x = layers(nn.Linear, C, D), torch.randn(M, rows, C, requires_grad=True)
-    leaves = [x, *(p for layer in own for p in layer.parameters())]
-    expected = torch.stack([layer(part) for layer, part in zip(own, x, strict=True)])
-    found, grad = linear(own, x), torch.randn(M, rows, D)
+    x, weight = torch.randn(M, rows, C, requires_grad=True), torch.randn(M, D, C, requires_grad=True)
+    expected, found = x @ weight.mT, per_modality._Rows.apply(x, weight, torch.float32)
+    grad, leaves = torch.randn(M, rows, D), [x, weight]
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
         torch.testing.assert_close(a, b)
+        assert a.is_contiguous()
+
+
+def test_products_as_on_a_gpu_in_half_precision_leave_gradients_in_the_types_of_what_they_belong_to():
+    x, weight = torch.randn(M, 5, C, requires_grad=True), torch.randn(M, D, C, requires_grad=True)
+    found = per_modality._Rows.apply(x, weight, torch.bfloat16)
+    assert found.dtype is torch.bfloat16
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), [x, weight]),
+        torch.autograd.grad((x @ weight.mT).sum(), [x, weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_remember_their_precision(precision):
+    """Whatever it is when the gradient is computed; afterwards it is as before."""
+    a, b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, 5, requires_grad=True)
+    with per_modality.matmul_precision(precision):
+        found = per_modality.product(a, b)
+    assert torch.get_float32_matmul_precision() == "highest"
+    grad = torch.randn_like(found)
+    for x, y in zip(torch.autograd.grad(found, [a, b], grad), torch.autograd.grad(a @ b, [a, b], grad), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_under_autocast_products_stay_in_half_precision_as_in_torch_s_own_layer():

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """The activation of a ViT's MLP with the bias before it and the matrix product behind it.
 
-Of the hidden layer, a block's largest tensor, only what goes into the activation is kept; what comes out is made again
-in the backward pass by the kernel that computes the gradient, and that one sums up the gradient of the bias as well.
+Of the hidden layer, a block's largest tensor, only what goes into the activation need be kept; what comes out can be
+made again in the backward pass by the kernel that computes the gradient, which sums up that of the bias as well.
 
 Shape letters: M tokens of all images, V width of the hidden layer, W width of the ViT.
 """
@@ -31,7 +31,7 @@ def has_kernel(act: nn.Module) -> bool:
 
 
 def activated_linear(
-    hidden: Tensor, bias: Tensor, weight: Tensor, act: nn.Module, half: Tensor | None = None
+    hidden: Tensor, bias: Tensor, weight: Tensor, act: nn.Module, half: Tensor | None = None, keep: bool = False
 ) -> Tensor:
     """act(hidden + bias) @ weight.T
 
@@ -40,36 +40,38 @@ def activated_linear(
         weight: (W, V) of the second layer.
         act: an activation that `has_kernel`.
         half: the weight in the type of `hidden`, where it is at hand.
+        keep: keep what comes out of the activation too, of the size of `hidden`, and write it once less.
 
     Returns:
         (..., W)
     """
     half = weight.detach().to(hidden.dtype) if half is None else half
-    return _ActivatedLinear.apply(hidden, bias, weight, half, isinstance(act, QuickGELU))
+    return _ActivatedLinear.apply(hidden, bias, weight, half, isinstance(act, QuickGELU), keep)
 
 
 class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, bias, weight, w, quick):  # type: ignore[override]
+    def forward(ctx: Any, hidden, bias, weight, w, quick, keep):  # type: ignore[override]
         h = hidden.flatten(0, -2).contiguous()
         out = torch.empty_like(h)
         launch(_forward_kernel, _grid(h, FORWARD), h, bias, out, len(h), W=h.shape[1], QUICK=quick, **FORWARD)
-        ctx.save_for_backward(h, bias, w)
+        ctx.save_for_backward(h, bias, w, out if keep else None)
         ctx.quick, ctx.dtype = quick, weight.dtype
         return (out @ w.T).unflatten(0, hidden.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
-        h, bias, w = ctx.saved_tensors
+        h, bias, w, out = ctx.saved_tensors
         g = grad.flatten(0, -2)
         grad_out = g @ w
-        grad_hidden, out = torch.empty_like(h), torch.empty_like(h)
+        grad_hidden, again = torch.empty_like(h), torch.empty_like(h) if out is None else None
         sums = h.new_empty(triton.cdiv(len(h), BACKWARD["ROWS"]), h.shape[1], dtype=torch.float32)
-        sizes = {"W": h.shape[1], "QUICK": ctx.quick, **BACKWARD}
-        launch(_backward_kernel, _grid(h, BACKWARD), h, bias, grad_out, grad_hidden, out, sums, len(h), **sizes)
+        sizes = {"W": h.shape[1], "QUICK": ctx.quick, "AGAIN": out is None, **BACKWARD}
+        launch(_backward_kernel, _grid(h, BACKWARD), h, bias, grad_out, grad_hidden, again, sums, len(h), **sizes)
+        out = again if out is None else out
         of_weight = weight_gradient(g, out, ctx.dtype) if ctx.needs_input_grad[2] else None
-        return grad_hidden.unflatten(0, grad.shape[:-1]), sum_parts(sums), of_weight, None, None
+        return grad_hidden.unflatten(0, grad.shape[:-1]), sum_parts(sums), of_weight, *[None] * 3
 
 
 def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int]:
@@ -112,6 +114,7 @@ if triton is not None:
         M,
         W: tl.constexpr,
         QUICK: tl.constexpr,
+        AGAIN: tl.constexpr,
         R: tl.constexpr,
         C: tl.constexpr,
         ROWS: tl.constexpr,
@@ -127,7 +130,8 @@ if triton is not None:
             g = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
             a, slope = _activate(x, QUICK)
             g *= slope
-            tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
+            if AGAIN:
+                tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
             tl.store(grad_hidden + at, g.to(grad_hidden.dtype.element_ty), mask=inside)
             total += g
         tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)
