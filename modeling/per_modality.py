@@ -29,12 +29,12 @@ def linear(layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
 def norm_linear(norms: Iterable[nn.LayerNorm], layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
     """Each modality's own norm and its own layer behind it, (M, ..., C) -> (M, ..., D).
 
-    Where the tokens outnumber the layer's weights, scale and shift of the norm act on these:
+    Where there are many tokens a sample, scale and shift of the norm act on the weights of the layer, which are few:
     W (n * x + s) + b = (W * n) x + (W s + b).
     """
     norms, layers = list(norms), list(layers)
     scale, shift = (torch.stack([getattr(norm, name) for norm in norms]).unsqueeze(1) for name in ("weight", "bias"))
-    if x.shape[1:-1].numel() < layers[0].out_features:
+    if x.dim() == 3:
         rows = F.layer_norm(x, x.shape[-1:], eps=norms[0].eps).flatten(1, -2)
         return linear(layers, (rows * scale + shift).unflatten(1, x.shape[1:-1]))
     weight = torch.stack([layer.weight for layer in layers])

@@ -79,7 +79,7 @@ class MaskedSDTPS(SDTPS):
 
 
 def test_an_unbounded_mask_gradient_is_told_in_the_first_epoch(train, monkeypatch, caplog):
-    monkeypatch.setattr(sys.modules["modeling.make_model"], "SDTPS", MaskedSDTPS)
+    monkeypatch.setattr(sys.modules["modeling.make_model"], "FusedSDTPS", MaskedSDTPS)
     told = train("SOLVER.MAX_EPOCHS", "1")
     assert told["score_gradient_explodes"] == [1]
     assert "MODEL.SDTPS_TEMPERATURE" in messages(caplog, "score_gradient_explodes")[0]
