@@ -1,6 +1,7 @@
 """Batches from cached pixels: gathered and sent by one thread ahead of their use, finished on the device."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,6 +17,9 @@ from utils.modalities import MODALITIES
 from .batch import Batch
 from .datasets import Sample
 from .device_transforms import DeviceAugment, DeviceNormalize
+
+GATHERERS = 4
+"""Threads that copy the pixels of one batch."""
 
 
 @functools.cache
@@ -63,17 +67,19 @@ class CachedBatches:
         """One pass of the sampler; while a batch is in use, the next is made ready."""
         self.transform.to(device)
         stream = _copying_stream(device) if device.type == "cuda" else None
-        with ThreadPoolExecutor(1, "batches") as thread:
+        with ThreadPoolExecutor(1, "batches") as thread, ThreadPoolExecutor(GATHERERS, "pixels") as gatherers:
             current = None
             for items in self.batch_sampler:
-                upcoming = thread.submit(self._stage, items, device, stream)
+                upcoming = thread.submit(self._stage, items, device, stream, gatherers)
                 if current is not None:
                     yield self._finish(current.result())
                 current = upcoming
             if current is not None:
                 yield self._finish(current.result())
 
-    def _stage(self, items: list, device: torch.device, stream: torch.cuda.Stream | None) -> Staged:
+    def _stage(
+        self, items: list, device: torch.device, stream: torch.cuda.Stream | None, gatherers: ThreadPoolExecutor
+    ) -> Staged:
         """Gathers a batch and sends it to the device, on CUDA without waiting for it.
 
         Page-locked memory comes from torch's own pool, which hands a buffer out again only after the copies out of it.
@@ -87,10 +93,19 @@ class CachedBatches:
         pinned = stream is not None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             pixels = torch.empty((len(indices), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-            np.take(self.pixels, indices, axis=0, out=pixels.numpy(), mode="clip")  # other modes copy twice
+            self._gather(indices, pixels.numpy(), gatherers)
             tensors = [tensor.pin_memory() if pinned else tensor for tensor in (pixels, ids, *drawn)]
             sent = [tensor.to(device, non_blocking=pinned) for tensor in tensors]
             return Staged(sent, path, stream.record_event() if stream is not None else None)
+
+    def _gather(self, indices: list[int], out: np.ndarray, gatherers: ThreadPoolExecutor) -> None:
+        """Copies the pixels of some triples, by a few threads: the first batch of a pass is waited for."""
+
+        def copy(rows: slice) -> None:
+            np.take(self.pixels, indices[rows], axis=0, out=out[rows], mode="clip")  # other modes copy twice
+
+        size = max(1, math.ceil(len(indices) / GATHERERS))
+        list(gatherers.map(copy, [slice(i, i + size) for i in range(0, len(indices), size)]))
 
     def _finish(self, staged: Staged) -> Batch:
         pixels, ids, *drawn = staged.tensors

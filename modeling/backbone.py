@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling import fused_vit
 from modeling.block_parts import use_drop_path, use_recomputed_activation
+from modeling.kernels.residual import layer_norm
 from modeling.regions import region
 from utils.errors import UserError
 
@@ -139,7 +140,7 @@ class Backbone(nn.Module):
         """
         fused = self.fuses(self.vit.num_prefix_tokens + self.num_patches, x.device)
         tokens, ropes = self._start(x, camid, fused)
-        return self._end(self._run(tokens, ropes, 0, len(self.vit.blocks), fused), fused)
+        return self._finish(tokens, ropes, 0, fused)
 
     def begin(self, x: Tensor, camid: Tensor | None = None) -> Tensor:
         """Images, as in `forward` -> tokens (B, L, W) behind block `split_after`: prefix tokens, then patches."""
@@ -149,12 +150,14 @@ class Backbone(nn.Module):
 
     def end(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of `begin`, of which some have left -> all but the prefix (B, ., C), and globals (B, C)."""
-        blocks, fused = len(self.vit.blocks), self.fuses(tokens.shape[1], tokens.device)
-        return self._end(self._run(tokens, [None] * blocks, self.split_after, blocks, fused), fused)
+        fused = self.fuses(tokens.shape[1], tokens.device)
+        return self._finish(tokens, [None] * len(self.vit.blocks), self.split_after, fused)
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Norm and projection behind the last block, tokens (B, L, W) -> patches (B, N, C), class token (B, C)."""
-        return self._end(tokens, self.fuses(tokens.shape[1], tokens.device))
+        if self.fuses(tokens.shape[1], tokens.device) and (norm := self._plain_norm()):
+            return self._apart(self.proj(layer_norm(tokens, norm)))
+        return self._project(tokens)
 
     def fuses(self, num_tokens: int, device: torch.device) -> bool:
         """Whether a pass over that many tokens an image would use the kernels of `modeling.fused_vit`."""
@@ -171,27 +174,42 @@ class Backbone(nn.Module):
             return fused_vit.embed(self.vit, self._patchify(x), class_tokens), [None] * len(self.vit.blocks)
         return self._embed(x, camid)
 
-    def _run(self, tokens: Tensor, ropes: list[Tensor | None], first: int, last: int, fused: bool) -> Tensor:
-        """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, or in groups of equal size so that few compile."""
+    def _finish(self, tokens: Tensor, ropes: list[Tensor | None], first: int, fused: bool) -> tuple[Tensor, Tensor]:
+        """Blocks from the first to the end, norm and projection, tokens (B, L, W) -> as `forward`."""
+        norm = self._plain_norm() if fused else None
+        tokens = self._run(tokens, ropes, first, len(self.vit.blocks), fused, norm)
+        return self._project(tokens) if norm is None else self._apart(self.proj(tokens))
+
+    def _run(
+        self,
+        tokens: Tensor,
+        ropes: list[Tensor | None],
+        first: int,
+        last: int,
+        fused: bool,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, with a norm behind them if one is given, or in
+        groups of equal size so that few compile."""
         blocks = tuple(self.vit.blocks)
         size = last - first if fused else group_size(self.split_after, len(blocks))
         size = 1 if self.grad_checkpointing else size
         for i in range(first, last, size):
             group = blocks[i : i + size]
-            run, args = (fused_vit.run_blocks, ()) if fused else (self._transform, (ropes[i : i + len(group)],))
+            behind = norm if i + size >= last else None
+            run, args = (fused_vit.run_blocks, behind) if fused else (self._transform, ropes[i : i + len(group)])
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(run, group, tokens, *args, use_reentrant=False)
+                tokens = checkpoint(run, group, tokens, args, use_reentrant=False)
             else:
-                tokens = run(group, tokens, *args)
+                tokens = run(group, tokens, args)
         return tokens
 
-    def _end(self, tokens: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
-        vit = self.vit
-        # without a projection, which takes half precision anyway, the norm's own float32 goes on
-        plain = isinstance(self.proj, nn.Linear) and isinstance(vit.norm, nn.LayerNorm) and vit.norm.bias is not None
-        if fused and plain and isinstance(vit.fc_norm, nn.Identity):
-            return self._apart(self.proj(fused_vit.layer_norm(tokens, vit.norm)))
-        return self._project(tokens)
+    def _plain_norm(self) -> nn.LayerNorm | None:
+        """The norm behind the last block where it is all that stands before the projection; without a projection,
+        which takes half precision anyway, the norm's own float32 goes on."""
+        norm = self.vit.norm
+        plain = isinstance(norm, nn.LayerNorm) and norm.bias is not None and isinstance(self.vit.fc_norm, nn.Identity)
+        return norm if plain and isinstance(self.proj, nn.Linear) else None
 
     @region
     def _embed(self, x: Tensor, camid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:

@@ -28,7 +28,7 @@ from modeling.kernels.activation import activated_linear, has_kernel
 from modeling.kernels.attention import prefix_for, tiled_attention
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import halves, linear
-from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
+from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, norm_for
 
 ACTIVATIONS_KEPT = 0.42
 """Share of the blocks, the last ones, that keep what comes out of their activation: five of twelve take 0.7 GiB for 192
@@ -133,14 +133,14 @@ def stream_type(device: torch.device) -> torch.dtype:
     return dtype if torch.is_autocast_enabled(device.type) and dtype is torch.bfloat16 else torch.float32
 
 
-def run_blocks(blocks: Sequence[Any], tokens: Tensor) -> Tensor:
-    """Blocks that `can_fuse`, under autocast, (B, L, W) -> (B, L, W)."""
+def run_blocks(blocks: Sequence[Any], tokens: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+    """Blocks that `can_fuse`, under autocast, (B, L, W) -> (B, L, W), and the norm behind the last if one is given."""
     drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
     rates = [drop.rate if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
-    return run_kept(blocks, tokens, draw_kept(len(tokens), rates, tokens.device))
+    return run_kept(blocks, tokens, draw_kept(len(tokens), rates, tokens.device), norm)
 
 
-def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Tensor:
+def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept], norm: nn.LayerNorm | None = None) -> Tensor:
     """`run_blocks`, told which images each branch keeps: two branches a block."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     layers = [layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
@@ -153,7 +153,9 @@ def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> Ten
         branch = Branch(out, last.bias, kept[i])
         if i + 1 < len(layers):
             x, normed = norm_for(x, norms[i + 1], kept[i + 1], branch)
-    return add_branch(x, branch)
+    if norm is None:
+        return add_branch(x, branch)
+    return norm_for(x, norm, draw_kept(len(x), [0.0], x.device)[0], branch)[1]
 
 
 def _cast_parts(block: Any) -> list[Tensor]:
@@ -238,7 +240,7 @@ def relative_errors(
                 if fused:
                     x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], stream_type(device))
                     plain = embed_tokens(patches.to(precision), class_tokens, positions, None, stream_type(device))
-                    out = layer_norm(run_kept(vit["blocks"], x, kept), vit["norm"]) + plain
+                    out = run_kept(vit["blocks"], x, kept, vit["norm"]) + plain
                 else:
                     plain = torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions
                     x = vit["norm"](plain).to(stream_type(device))
