@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +24,7 @@ from modeling.sdtps import Selection
 from utils.distributed import from_main, gather_objects, gather_rows, is_main
 from utils.errors import UserError
 from utils.files import read_json, save_text
-from utils.metrics import rank_features, rank_metrics
+from utils.metrics import begin_ranking, rank_metrics
 from utils.modalities import MODALITIES
 from utils.pictures import draw_selection, draw_share, stack_samples
 from utils.reranking import re_ranking
@@ -153,16 +154,25 @@ class Kept:
 
 def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
     """mAP and Rank-1, 5, 10 in percent of one branch's features (N, D), ranked as TEST.* says."""
+    return begin_rank(cfg, features, val)()
+
+
+def begin_rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> Callable[[], dict[str, float]]:
+    """`rank` under way on the device: what this returns waits for it."""
     sides = (val.query, val.gallery)
     known: list = [values[side] for values in (val.pids, val.camids, val.sceneids) for side in sides]
     known.append(val.protocol)
     if cfg.TEST.RE_RANKING:
         features = F.normalize(features, dim=-1) if cfg.TEST.FEAT_NORM else features
         distance = re_ranking(*(_rows(features, side) for side in sides))
-        cmc, mean_ap = rank_metrics(distance, *known)
-    else:
-        query, gallery = (_rows(features, side) for side in sides)
-        cmc, mean_ap = rank_features(query, gallery, *known, normalise=cfg.TEST.FEAT_NORM)
+        found = rank_metrics(distance, *known)  # at once: distances are large
+        return lambda: _percent(*found)
+    query, gallery = (_rows(features, side) for side in sides)
+    wait = begin_ranking(query, gallery, *known, normalise=cfg.TEST.FEAT_NORM)
+    return lambda: _percent(*wait())
+
+
+def _percent(cmc: np.ndarray, mean_ap: float) -> dict[str, float]:
     return {"mAP": 100 * mean_ap} | {f"R{k}": 100 * float(cmc[min(k, len(cmc)) - 1]) for k in (1, 5, 10)}
 
 
@@ -203,7 +213,8 @@ def evaluate_missing(
 def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[int, int]) -> EvalResult:
     features, monitor, pictures = extraction.joined(), extraction.monitor, {}
     _refuse_not_finite(features, val.paths)
-    metrics = {name: rank(cfg, f, val) for name, f in features.items()}
+    rankings = {name: begin_rank(cfg, f, val) for name, f in features.items()}
+    metrics = {name: wait() for name, wait in rankings.items()}
     norms = torch.stack([f.norm(dim=-1).mean() for f in features.values()]).tolist()
     statistics = {f"feature_norm/{name}": norm for name, norm in zip(features, norms, strict=True)}
     if extraction.kept:

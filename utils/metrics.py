@@ -3,7 +3,7 @@
 Shape letters: Q queries, G gallery entries, D channels; q of the queries and g of the gallery are worked on at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -108,6 +108,26 @@ def rank_features(
     Raises:
         UserError: as `rank_metrics` does; NaN in the features among the reasons.
     """
+    labels = (q_pid, g_pid, q_cam, g_cam, q_scene, g_scene, protocol)
+    return begin_ranking(query, gallery, *labels, max_rank, normalise=normalise)()
+
+
+def begin_ranking(
+    query: Tensor,
+    gallery: Tensor,
+    q_pid: Labels,
+    g_pid: Labels,
+    q_cam: Labels,
+    g_cam: Labels,
+    q_scene: Labels | None = None,
+    g_scene: Labels | None = None,
+    protocol: str = "camera",
+    max_rank: int = 50,
+    *,
+    normalise: bool = False,
+) -> Callable[[], tuple[np.ndarray, float]]:
+    """`rank_features` under way on the device: what this returns waits for it, and gives CMC and mAP. Whoever has
+    several rankings begins them all first."""
     device, shape = _ranking_device(query), torch.Size((len(query), len(gallery)))
     ids, gallery_ids, places, gallery_places = _labels(
         device, shape, q_pid, g_pid, q_cam, g_cam, q_scene, g_scene, protocol
@@ -120,7 +140,8 @@ def rank_features(
             other = F.normalize(gallery[block], dim=-1) if normalise else gallery[block]
             distance[:, block] = pairwise_distance(part, other)
         scores.append(_scores(distance, ids[rows], gallery_ids, places[rows], gallery_places))
-    return _mean(torch.cat(scores, dim=1), shape, protocol, max_rank)
+    joined = torch.cat(scores, dim=1)
+    return lambda: _mean(joined, shape, protocol, max_rank)
 
 
 def _ranking_device(values: Tensor) -> torch.device:
