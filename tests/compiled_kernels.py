@@ -1,6 +1,7 @@
 """Compiles the kernels that a step of ViT-B/16 launches, for an architecture and without a card.
 
-python -m tests.compiled_kernels 80        one line a kernel: its name and the shared memory that it takes, in bytes
+python -m tests.compiled_kernels 80 [attention ...]     all kernels, or those of some files; one line each: its name and
+                                                        the shared memory that it takes, in bytes
 """
 
 import sys
@@ -65,5 +66,9 @@ def _type(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    for name, launch in launches().items():
-        print(name, compiled(*launch, int(sys.argv[1])).metadata.shared, flush=True)
+    architecture, files = int(sys.argv[1]), sys.argv[2:]
+    for name, (kernel, args, options) in launches().items():
+        if "AHEAD" in options:
+            options["AHEAD"] = attention.AHEAD[0] if architecture >= 90 else 1
+        if not files or name.partition(".")[0] in files:
+            print(name, compiled(kernel, args, options, architecture).metadata.shared, flush=True)

@@ -67,6 +67,25 @@ def test_selection_and_gradients_are_those_of_sdtps_as_written(pretend, options,
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * (1 + b.abs().max().item()))
 
 
+def test_patches_that_lie_apart_are_scored_where_they_lie():
+    """As the backbone leaves them: behind the prefix token of each image."""
+    _, sdtps = both()
+    tokens, (_, g) = torch.randn(3, 2, 17, 64, requires_grad=True), batch()
+    results = []
+    for v in (
+        tokens[:, :, 1:],
+        tokens[:, :, 1:].contiguous(),
+        tokens[:, :, 1:].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        scores, predicted, same = sdtps.score_by_kernels(v, g)
+        assert torch.equal(same, v) and same.is_contiguous()
+        loss = (scores * torch.arange(16)).sum() + predicted.sum() + same.square().sum()
+        results.append([scores, *torch.autograd.grad(loss, [tokens, g, *sdtps.predictor.parameters()])])
+    for found in results[1:]:
+        for a, b in zip(results[0], found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_similarities_within_the_smallest_range_are_not_blown_up(pretend):
     results = []
     for sdtps in both():

@@ -199,3 +199,27 @@ def test_a_fused_backbone_is_the_one_as_written(pretend, monkeypatch, name, came
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_a_fused_backbone_in_two_parts_and_with_checkpoints_is_the_one_in_one_piece(monkeypatch):
+    """Stochastic depth too: what a checkpoint computes again skips the same images."""
+    monkeypatch.setattr(fused_vit, "can_fuse", lambda *args: True)
+    torch.manual_seed(0)
+    backbone = Backbone("vit_tiny_patch16_224", img_size=(32, 16), depth=2, drop_path=0.4)
+    backbone.split(1)
+    x, weights = torch.randn(4, 3, 32, 16), [p for p in backbone.parameters() if p.requires_grad]
+    grads = torch.randn(4, 2, backbone.embed_dim), torch.randn(4, backbone.embed_dim)
+
+    def run(whole, checkpointed):
+        backbone.set_grad_checkpointing(checkpointed)
+        torch.manual_seed(1)
+        outputs = backbone(x) if whole else backbone.end(backbone.begin(x))
+        return [*outputs, *torch.autograd.grad(outputs, weights, grads)]
+
+    drawn = []
+    monkeypatch.setattr(fused_vit, "draw_kept", lambda *args: drawn.append(args) or draw_kept(*args))
+    expected = run(False, False)
+    assert any(max(rates) > 0 for _, rates, _ in drawn)
+    for found in (run(False, True), run(True, True)):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers.activations import QuickGELU
 from torch import nn
 
+from modeling import kernels
 from modeling.kernels import activation, attention, embedding, residual, triton
 from modeling.kernels import linear as linear_kernels
 from modeling.kernels.activation import activated_linear
@@ -168,13 +169,66 @@ def test_at_least_one_image_stays():
     assert [k.count for k in draw_kept(2, [0.9, 0.2], CPU)] == [1, 2]
 
 
-def test_every_kernel_of_a_step_compiles_for_cards_of_the_last_generations():
-    """Without a card: what a pass of ViT-B/16 would launch is recorded and compiled, for an A100's architecture."""
+@pytest.mark.parametrize(
+    ("architecture", "files", "kernels", "there_is"),
+    [("80", [], 14, 163 * 1024), ("90", ["attention", "selection"], 6, 227 * 1024)],
+    ids=["A100", "H100"],
+)
+def test_every_kernel_of_a_step_compiles_and_finds_its_shared_memory(architecture, files, kernels, there_is):
+    """Without a card: what a pass of ViT-B/16 and SDTPS would launch is recorded and compiled for an architecture."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": "."}
-    command = [sys.executable, "-m", "tests.compiled_kernels", "80"]
+    command = [sys.executable, "-m", "tests.compiled_kernels", architecture, *files]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     shared = {name: int(used) for name, used in (line.split() for line in result.stdout.splitlines())}
-    expected = {"attention", "embedding", "residual", "activation", "linear", "selection"}
-    assert {name.partition(".")[0] for name in shared} == expected and len(shared) == 14
-    assert max(shared.values()) <= 163 * 1024  # what an A100 has
+    assert len(shared) == kernels and max(shared.values()) <= there_is, shared
+
+
+def test_sums_leave_out_columns_that_are_known_to_be_zero():
+    x = torch.randn(40, 90)
+    expected = x.sum(0)
+    torch.testing.assert_close(linear_kernels.column_sums(x), expected)
+    x[:, 30:60], expected[30:60] = float("nan"), 0
+    torch.testing.assert_close(linear_kernels.column_sums(x, (30, 60)), expected)
+
+
+def test_parts_of_any_shape_are_summed_up():
+    parts = torch.randn(300, 3, 50)  # more than are taken at a time
+    torch.testing.assert_close(linear_kernels.sum_parts(parts), parts.sum(0))
+
+
+def test_attention_in_half_precision():
+    qkv = (0.5 * torch.randn(2, 33, 96)).half().requires_grad_()
+    found = tiled_attention(qkv, 2, 1)
+    wide = qkv.detach().float().requires_grad_()
+    q, k, v = wide.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-3)
+    (a,), (b,) = torch.autograd.grad(found, qkv, grad.half()), torch.autograd.grad(expected, wide, grad)
+    torch.testing.assert_close(a.float(), b, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize(("version", "can"), [("3.2.0", False), ("3.3.1", True), ("4.0.0", True)])
+def test_kernels_need_a_triton_that_compiles_them(monkeypatch, caplog, version, can):
+    monkeypatch.setattr(triton, "__version__", version)
+    kernels.has_triton.cache_clear()
+    assert kernels.can_launch(torch.device("cuda")) is (can and torch.version.hip is None)
+    assert ("Triton is 3.2.0, and 3.3 (torch 2.7) is needed" in caplog.text) is not can
+    kernels.has_triton.cache_clear()
+
+
+def test_attention_that_fails_is_left_to_torch(caplog):
+    def attempt(ahead):
+        raise RuntimeError("ptxas fatal\nno such card")
+
+    assert attention.first_that_fits(attempt) == 0
+    assert "attention is left to torch: RuntimeError: no such card" in caplog.text
+
+
+def test_kernels_that_could_not_be_tried_for_want_of_memory_are_not_given_up():
+    def errors():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.proven(errors, "slow")

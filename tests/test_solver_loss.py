@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configs.defaults import get_cfg
 from solver import ReIDLoss, make_loss, triplet_loss
@@ -191,3 +192,16 @@ def test_uninformed_is_what_equal_logits_and_equal_distances_give():
     for each in (loss, ReIDLoss(171, margin=0.3, sdtps_weight=0.5, sdtps_warmup_epochs=2)):
         for epoch in (1, 3):
             assert each.uninformed(output.logits, epoch) == pytest.approx(each(output, pid, epoch)[0].item(), rel=1e-5)
+
+
+def test_losses_of_heads_of_one_shape_and_of_several_are_those_of_each_head():
+    torch.manual_seed(0)
+    pid, loss_fn = torch.arange(8) // 2, ReIDLoss(5, smoothing=0.1)
+    logits = {"ori": torch.randn(8, 5), "moe": torch.randn(8, 5), "sdtps": torch.randn(8, 5)}
+    features = {"ori": torch.randn(8, 6), "moe": torch.randn(8, 9), "sdtps": torch.randn(8, 6)}
+    total, terms = loss_fn(SimpleNamespace(logits=logits, features=features), pid, 1)
+    assert list(terms) == [f"{name}/{head}" for head in logits for name in ("id", "triplet")]
+    for head in logits:
+        torch.testing.assert_close(terms[f"id/{head}"], F.cross_entropy(logits[head], pid, label_smoothing=0.1))
+        torch.testing.assert_close(terms[f"triplet/{head}"], triplet_loss(features[head], pid))
+    torch.testing.assert_close(total, sum(terms.values()))

@@ -78,6 +78,8 @@ class _Score(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         modalities, batch, patches, channels = v.shape
         g, apart = g.float().contiguous(), v.stride(1)
+        w1_high = w1.to(v.dtype).contiguous()
+        w1_low = (w1 - w1_high).to(v.dtype)
         v = v if v.stride() == (batch * apart, apart, channels, 1) else v.contiguous()  # images may lie apart
         packed = v if v.is_contiguous() else v.new_empty(v.shape)
         hidden = w1.shape[1]
@@ -86,10 +88,10 @@ class _Score(torch.autograd.Function):
         before = scores.new_empty(*v.shape[:3], hidden)
         ctx.sizes = {"N": patches, "C": channels, "H": hidden, "M": modalities, "CHUNK": CHUNK}
         ctx.numbers = (batch, share, *floors)
-        args = (g, w1.contiguous(), b1, w2, b2, weight.contiguous())
+        args = (g, w1_high, b1, w2, b2, weight.contiguous())
         out = (scores, predicted, before, similarity, lengths, packed)
         options = {"PACK": packed is not v, "num_warps": 8}
-        kernel_args = (v, v.stride(1), *args, *out, *ctx.numbers)
+        kernel_args = (v, v.stride(1), w1_low, *args, *out, *ctx.numbers)
         launch(_score_kernel, (modalities * batch,), *kernel_args, **ctx.sizes, **options)
         ctx.similarity_grad = similarity_grad
         ctx.save_for_backward(packed, *args, predicted, before, similarity, lengths)
@@ -195,6 +197,7 @@ if triton is not None:
     def _score_kernel(
         v,
         apart,
+        w1_low,
         g,
         w1,
         b1,
@@ -234,7 +237,8 @@ if triton is not None:
             squares += tl.sum(value.to(tl.float32) * value.to(tl.float32), axis=1)
             query = tl.load(g + (o * batch + b)[None, :] * C + c[:, None], mask=(o < M)[None, :], other=0.0)
             dots = _dot_exact(value, query * inverse_g[None, :], dots)
-            x = _dot_exact(value, tl.load(w1 + (m * H + h)[None, :] * C + c[:, None]), x)
+            at = (m * H + h)[None, :] * C + c[:, None]
+            x = tl.dot(value, tl.load(w1_low + at), tl.dot(value, tl.load(w1 + at), x))
         length = tl.sqrt(squares)
         cosine = dots * _inverse(length, length_floor)[:, None]
         low, high = _range(cosine, N)
@@ -329,8 +333,7 @@ if triton is not None:
             along_g = tl.sum(d * cosine * there[:, None], axis=0)
         for first in tl.range(0, C, CHUNK):
             c = first + tl.arange(0, CHUNK)
-            w = tl.load(w1 + (m * H + h)[:, None] * C + c[None, :]).to(dx.dtype)
-            dv = tl.dot(dx, w)
+            dv = tl.dot(dx, tl.load(w1 + (m * H + h)[:, None] * C + c[None, :]))
             if SIMILARITY:
                 value = tl.load(v + n[:, None] * C + c[None, :])
                 query = tl.load(g + (o * batch + b)[:, None] * C + c[None, :], mask=(o < M)[:, None], other=0.0)
