@@ -52,7 +52,7 @@ class FusedSDTPS(SDTPS):
 def can_fuse(sdtps: SDTPS, v: Tensor) -> bool:
     """Whether the kernels compute what an SDTPS does with patches (M, B, N, C), and are faster: in half precision on a
     GPU, where they have shown once that they do."""
-    if v.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or v.dtype not in (torch.bfloat16, torch.float16):
         return False
     patches, channels = v.shape[2:]
     own = sdtps.similarity == "cosine" and patches == sdtps.num_patches

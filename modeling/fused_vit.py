@@ -43,7 +43,7 @@ def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bo
         blocks: of a timm ViT, with nothing but norms, plain attention and an MLP with biases, in float32.
         num_tokens: L.
     """
-    if not (can_launch(device) and torch.is_autocast_enabled(device.type)) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (can_launch(device) and torch.is_autocast_enabled(device.type)):
         return False
     dtype = torch.get_autocast_dtype(device.type)
     if dtype not in (torch.bfloat16, torch.float16):

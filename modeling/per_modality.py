@@ -44,14 +44,14 @@ def norm_linear(norms: Iterable[nn.LayerNorm], layers: Iterable[nn.Linear], x: T
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of (..., R, K) and (..., K, C); see `matmul_precision`."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return a @ b if exact or torch.compiler.is_compiling() else _Product.apply(a, b)
+    plain = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest"
+    return a @ b if plain else _Product.apply(a, b)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, ..., C), weight (M, D, C), bias (M, D) -> (M, ..., D)."""
     rows = x.flatten(1, -2)
-    if rows.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if rows.is_cuda and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         autocast = torch.is_autocast_enabled(rows.device.type) and rows.dtype is not torch.float64
         out = _Rows.apply(rows, weight, torch.get_autocast_dtype(rows.device.type) if autocast else rows.dtype)
     else:
