@@ -204,8 +204,8 @@ KEYS: dict[str, dict[str, Key]] = {
         ),
         "FUSED_BLOCKS": Key(
             True,
-            "on CUDA in half precision, compute what lies between the matrix products of a plain ViT, and what SDTPS does "
-            "with all patches, by this project's own kernels: faster, in less memory; not with DETERMINISTIC",
+            "on CUDA in half precision, compute what lies between the matrix products of a plain ViT, and what SDTPS "
+            "does with all patches, by this project's own kernels: faster, in less memory; not with DETERMINISTIC",
         ),
         "COMPILE": Key(
             "auto",

@@ -120,9 +120,10 @@ class ReplayedPass:
         return result
 
     def _record(self, batch: Batch, epoch: int) -> Recording:
+        images = torch.stack([image.to(self.dtype or image.dtype) for image in batch.images.values()])
         static = replace(
             batch,
-            images={m: image.to(self.dtype or image.dtype, copy=True) for m, image in batch.images.items()},
+            images=dict(zip(batch.images, images, strict=True)),
             pid=batch.pid.clone(),
             camid=batch.camid.clone(),
             present=None if batch.present is None else batch.present.clone(),

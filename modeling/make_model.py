@@ -144,7 +144,7 @@ class ReIDModel(nn.Module):
 
     def encode(self, images: dict[str, Tensor], camid: Tensor | None = None, present: Tensor | None = None) -> Encoded:
         """Runs the backbone once over all modalities."""
-        x = torch.stack([images[m] for m in MODALITIES])  # (M, B, 3, H, W)
+        x = _stack([images[m] for m in MODALITIES])  # (M, B, 3, H, W)
         if present is not None:
             x = torch.where(present.T[:, :, None, None, None], x, 0.0)
         cameras = None if camid is None else camid.repeat(len(MODALITIES))
@@ -264,6 +264,15 @@ class ReIDModel(nn.Module):
     def explain_mismatch(self, name: str, file_shape: Sequence[int]) -> str:
         """Why a checkpoint's tensor of that shape does not fit, in words; "" if there is nothing to say."""
         return foreign.explain_mismatch(name, file_shape, None if self.sdtps is None else self.sdtps.num_kept)
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy of images that are the slices of one tensor, as those of cached batches are."""
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and (base := images[0]._base) is not None:
+        slices = [(image._base is base, image.data_ptr(), image.stride()) for image in images]
+        if base.shape == (len(images), *images[0].shape) and slices == [(True, s.data_ptr(), s.stride()) for s in base]:
+            return base
+    return torch.stack(images)
 
 
 def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: bool = True) -> ReIDModel:

@@ -6,6 +6,7 @@ import torch
 from configs import load_cfg
 from engine.step import accuracy
 from modeling import make_model
+from modeling.make_model import _stack
 from solver import make_loss, make_optimizer
 from utils.modalities import MODALITIES
 
@@ -306,3 +307,13 @@ def test_the_dino_configs_build_and_train_a_step(name, patches):
     with torch.no_grad():
         features = model.eval()(images).features
     assert features["both"].shape == (4, 6 * 768) and features["both"].isfinite().all()
+
+
+def test_images_that_are_slices_of_one_tensor_are_not_copied():
+    together = torch.randn(3, 2, 3, 4, 4)
+    with torch.no_grad():
+        slices = list(together)
+    assert _stack(slices) is together
+    for others in (slices[::-1], [s.clone() for s in slices], slices[:2], list(together.flip(0))[:3], [slices[0]] * 3):
+        found = _stack(others)
+        assert torch.equal(found, torch.stack(others)) and found.data_ptr() != together.data_ptr()
