@@ -292,7 +292,7 @@ class Backbone(nn.Module):
 def _cut(x: Tensor, rows: int, columns: int) -> Tensor:
     """Images (B, 3, H, W) -> the pixels of each patch side by side, (B, N, 3 * rows * columns)."""
     dtype, together = x.dtype, 8 // x.element_size()
-    whole = x.is_contiguous() and columns % together == 0
+    whole = x.is_contiguous() and columns % together == 0 and x.storage_offset() % together == 0
     if whole and not x.requires_grad and not torch.compiler.is_compiling():  # copied eight bytes at a time
         x, columns = x.view(torch.int64), columns // together
     patches = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)

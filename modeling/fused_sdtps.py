@@ -1,6 +1,7 @@
 """SDTPS whose part that sees all patches runs, where it can, as the kernels of `modeling.kernels.selection`."""
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.selection import has_kernels, part_patches, score_patches
 from modeling.per_modality import matmul_precision
 from modeling.sdtps import NORM_FLOOR, RANGE_FLOOR, SDTPS, Choice, Selection, fuse_dropped, gather_tokens
+
+log = logging.getLogger(__name__)
 
 
 class FusedSDTPS(SDTPS):
@@ -56,8 +59,7 @@ def can_fuse(sdtps: SDTPS, v: Tensor) -> bool:
         return False
     patches, channels = v.shape[2:]
     own = sdtps.similarity == "cosine" and patches == sdtps.num_patches
-    fits = own and has_kernels(patches, channels, next(iter(sdtps.predictor.values()))[0].out_features)
-    return fits and can_launch(v.device) and kernels_agree(patches, channels, v.dtype, v.device)
+    return own and can_launch(v.device) and kernels_agree(patches, channels, v.dtype, v.device)
 
 
 @functools.cache
@@ -68,6 +70,9 @@ def kernels_agree(num_patches: int, embed_dim: int, dtype: torch.dtype, device: 
     Raises:
         torch.OutOfMemoryError: nothing is known then, and the next call tries again.
     """
+    if not has_kernels(num_patches, embed_dim, max(1, embed_dim // 4)):
+        log.info("SDTPS is not fused: there are no kernels for %d patches of %d channels", num_patches, embed_dim)
+        return False
     return proven(
         lambda: relative_errors(num_patches, embed_dim, dtype, device),
         "SDTPS is not fused, so steps are slower",
@@ -94,26 +99,36 @@ def relative_errors(
         for weight in weights.values():
             torch.nn.init.normal_(weight, std=embed_dim**-0.5)
         shape = (len(sdtps.predictor), batch, num_patches)
-        v = torch.randn(*shape, embed_dim, device=device).to(dtype)
+        tokens = torch.randn(*shape[:2], num_patches + 1, embed_dim, device=device).to(dtype)  # behind a prefix token
         g = torch.randn(*shape[:2], embed_dim, device=device, requires_grad=True)
         present = torch.rand(batch, shape[0], device=device) < 0.8
-        weight_of_scores, weight_of_tokens = torch.randn(shape, device=device), torch.randn(v.shape, device=device)
+        of_scores, of_tokens = torch.randn(shape, device=device), torch.randn(*shape, embed_dim, device=device)
         with torch.no_grad():
-            kept, dropped = sdtps.choose(sdtps.score(v.float(), g, present)[0])
+            kept, dropped = sdtps.choose(sdtps.score(tokens[:, :, 1:].float(), g, present)[0])
 
-        def differentiated(patches: Tensor, kernels: bool) -> list[Tensor]:
-            patches = patches.detach().requires_grad_()
+        def differentiated(tokens: Tensor, kernels: bool) -> list[Tensor]:
+            tokens = tokens.detach().requires_grad_()
+            patches, leaves = tokens[:, :, 1:], [tokens, g, *weights.values()]
             if kernels:
                 scores, predicted, tap = sdtps.score_by_kernels(patches, g, present)
                 parted = part_patches(tap, scores, torch.cat([kept, dropped], dim=-1), kept.shape[-1])
             else:
-                wide = patches.float()
-                scores, predicted = sdtps.score(wide, g, present)
-                parted = gather_tokens(wide, kept), fuse_dropped(wide, Choice(scores, predicted, kept, dropped))
-            tokens = torch.cat(parted, dim=2)
-            loss = ((scores + predicted) * weight_of_scores).sum()
-            loss = loss + (tokens * weight_of_tokens[:, :, : tokens.shape[2]]).sum()
-            return [scores, predicted, tokens, *torch.autograd.grad(loss, [patches, g, *weights.values()])]
+                scores, predicted = sdtps.score(patches.float(), g, present)
+                parted = (
+                    gather_tokens(patches.float(), kept),
+                    fuse_dropped(patches.float(), Choice(scores, predicted, kept, dropped)),
+                )
+            made = torch.cat(parted, dim=2)
+            loss = ((scores + predicted) * of_scores).sum() + (made * of_tokens[:, :, : made.shape[2]]).sum()
+            grads = torch.autograd.grad(loss, leaves)
 
-        results = differentiated(v, True), differentiated(v, False), differentiated(v.float(), False)
-        return compare(["scores", "predicted", "tokens", "patches", "globals", *weights], *results)
+            sdtps.score_grad = "predictor"  # similarities without a gradient, and nobody who takes the patches on
+            alone = (sdtps.score_by_kernels if kernels else sdtps.score)(
+                patches if kernels else patches.float(), g, present
+            )
+            sdtps.score_grad = "all"
+            return [scores, predicted, made, *grads, torch.autograd.grad((alone[0] * of_scores).sum(), tokens)[0]]
+
+        results = differentiated(tokens, True), differentiated(tokens, False), differentiated(tokens.float(), False)
+        names = ["scores", "predicted", "tokens", "patches", "globals", *weights, "patches by the predictor"]
+        return compare(names, *results)

@@ -267,12 +267,18 @@ class ReIDModel(nn.Module):
 
 
 def _stack(images: list[Tensor]) -> Tensor:
-    """torch.stack, without a copy of images that are the slices of one tensor, as those of cached batches are."""
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and (base := images[0]._base) is not None:
-        slices = [(image._base is base, image.data_ptr(), image.stride()) for image in images]
-        if base.shape == (len(images), *images[0].shape) and slices == [(True, s.data_ptr(), s.stride()) for s in base]:
-            return base
-    return torch.stack(images)
+    """torch.stack, without a copy of images that lie one behind the other in memory, as those of cached batches do."""
+    first, size = images[0], images[0].numel() * images[0].element_size()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(image.requires_grad for image in images):
+        return torch.stack(images)
+    storage = first.untyped_storage().data_ptr()
+    for i, image in enumerate(images):
+        alike = image.shape == first.shape and image.dtype == first.dtype and image.is_contiguous()
+        if not (
+            alike and image.untyped_storage().data_ptr() == storage and image.data_ptr() == first.data_ptr() + i * size
+        ):
+            return torch.stack(images)
+    return first.as_strided((len(images), *first.shape), (first.numel(), *first.stride()))
 
 
 def make_model(cfg: CfgNode, *, num_classes: int, num_cameras: int, pretrained: bool = True) -> ReIDModel:

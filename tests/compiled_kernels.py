@@ -33,6 +33,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
 
     for module in (activation, attention, embedding, linear, residual, selection):
         module.launch = remember
+    selection.launch_that_fits = remember
     blocks = nn.ModuleList([Block(768, 12, qkv_bias=True, act_layer=QuickGELU) for _ in range(2)])
     norm = nn.LayerNorm(768)
     patches, class_tokens = torch.zeros(2, 128, 768, dtype=torch.bfloat16), torch.zeros(2, 768)

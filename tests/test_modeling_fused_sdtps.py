@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling import fused_sdtps
+from modeling import fused_sdtps, kernels
 from modeling.fused_sdtps import FusedSDTPS, can_fuse, kernels_agree, relative_errors
 from modeling.kernels import selection, triton
 from modeling.sdtps import NORM_FLOOR, SDTPS
@@ -117,9 +117,50 @@ def test_a_wrong_kernel_is_found_and_sdtps_is_then_not_fused(monkeypatch, caplog
     kernels_agree.cache_clear()
 
 
+def test_scores_without_a_gradient_leave_the_predictor_alone(pretend):
+    """A gradient of zeros would do: Adam makes steps of weight decay alone."""
+    for sdtps in both(score_grad="none"):
+        v, g = batch()
+        made = sdtps.select(v, g)
+        sum(tokens.sum() for tokens in made.tokens.values()).backward()
+        assert v.grad.abs().sum() > 0 and g.grad is None
+        assert all(parameter.grad is None for parameter in sdtps.predictor.parameters())
+        assert all(parameter.grad is not None for name, parameter in sdtps.aggregator.named_parameters())
+
+
+@pytest.mark.parametrize("embed_dim", [192, 320])  # a predictor of 48 and 80 units
+def test_any_width_of_the_predictor(embed_dim):
+    errors = relative_errors(16, embed_dim, torch.float32, CPU, batch=1)
+    assert max(own for own, _ in errors.values()) < 1e-5, errors
+
+
+def test_sizes_without_kernels_are_told(caplog):
+    kernels_agree.cache_clear()
+    with caplog.at_level("INFO"):
+        assert not kernels_agree(210, 512, torch.bfloat16, CPU) and not kernels_agree(128, 500, torch.bfloat16, CPU)
+    assert "SDTPS is not fused: there are no kernels for 210 patches of 512 channels" in caplog.text
+    kernels_agree.cache_clear()
+
+
+@pytest.mark.parametrize(("most", "tried"), [(3, [3]), (2, [3, 2]), (1, [3, 2, 1])])
+def test_a_card_with_less_shared_memory_has_fewer_turns_in_flight(monkeypatch, most, tried):
+    seen = []
+
+    def launch(kernel, grid, *args, num_stages, **options):
+        seen.append(num_stages)
+        if num_stages > most:
+            raise triton.runtime.errors.OutOfResources(num_stages, most, "shared memory")
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "_fitting", {})
+    for _ in range(2):
+        kernels.launch_that_fits("kernel", (1,), torch.zeros(1), N=16)
+    assert seen == [*tried, most]
+
+
 def test_where_kernels_are_used(monkeypatch):
     monkeypatch.setattr(fused_sdtps, "can_launch", lambda device: True)
-    monkeypatch.setattr(fused_sdtps, "kernels_agree", lambda *args: True)
+    monkeypatch.setattr(fused_sdtps, "kernels_agree", lambda patches, channels, *args: channels % 64 == 0)
     v = torch.zeros(3, 2, 16, 64, dtype=torch.bfloat16)
     assert can_fuse(FusedSDTPS(**SIZES), v) and can_fuse(FusedSDTPS(**SIZES), v.half())
     assert not can_fuse(FusedSDTPS(**SIZES), v.float())

@@ -205,3 +205,13 @@ def test_losses_of_heads_of_one_shape_and_of_several_are_those_of_each_head():
         torch.testing.assert_close(terms[f"id/{head}"], F.cross_entropy(logits[head], pid, label_smoothing=0.1))
         torch.testing.assert_close(terms[f"triplet/{head}"], triplet_loss(features[head], pid))
     torch.testing.assert_close(total, sum(terms.values()))
+
+
+def test_the_gradient_of_distances_is_exact_for_features_that_lie_close():
+    torch.manual_seed(0)
+    near = (torch.full((8, 16), 40.0) + 1e-3 * torch.randn(8, 16)).requires_grad_()
+    pid = torch.arange(8) // 2
+    (found,) = torch.autograd.grad(triplet_loss(near, pid), near)
+    exact = near.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(triplet_loss(exact, pid), exact)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -50,6 +50,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+STAGES = (3, 2, 1)
+"""How many turns of a loop may be in flight at once, the first that a card's shared memory has room for."""
+_fitting: dict[tuple, int] = {}
+
+
+def launch_that_fits(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`launch` by as many of `STAGES` as a card has shared memory for: found by trying, once for each size.
+
+    Raises:
+        OutOfResources: none fits.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    known = (kernel, *options.items(), tensors[0].dtype, tensors[0].device)
+    for stages in [_fitting[known]] if known in _fitting else STAGES:
+        try:
+            launch(kernel, grid, *args, num_stages=stages, **options)
+        except triton.runtime.errors.OutOfResources:
+            if stages == STAGES[-1]:
+                raise
+            continue
+        _fitting[known] = stages
+        return
+
+
 def proven(errors: Callable[[], dict[str, tuple[float, float]]], consequence: str) -> bool:
     """Whether kernels run and compute the right thing: what `compare` returns, up to `TOLERANCE`. Otherwise the log
     tells the consequence, and why.

@@ -11,23 +11,24 @@ Shape letters as in `modeling.sdtps`: M modalities, B batch, N patches, K kept, 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
+from modeling.kernels import launch, launch_that_fits, tl, triton
 from modeling.kernels.linear import weight_gradient
 
 CHUNK = 64
 """Channels that a program takes at a time."""
-PATCHES, HIDDEN = (16, 32, 64, 128), (16, 32, 64, 128, 256)
-"""Numbers of patches and widths of the predictor for which there are kernels."""
+PATCHES, WIDEST = (16, 32, 64, 128), 256
+"""Numbers of patches for which there are kernels, and the widest predictor."""
 PARTS = 16
 """Parts of the batch by which the gradient of the predictor's first layer is summed up, at most."""
 
 
 def has_kernels(num_patches: int, embed_dim: int, hidden: int) -> bool:
     """Whether there are kernels for N, C and H."""
-    return num_patches in PATCHES and hidden in HIDDEN and embed_dim % CHUNK == 0
+    return num_patches in PATCHES and hidden <= WIDEST and embed_dim % CHUNK == 0
 
 
 def score_patches(
@@ -78,6 +79,10 @@ class _Score(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         modalities, batch, patches, channels = v.shape
         g, apart = g.float().contiguous(), v.stride(1)
+        ctx.hidden = w1.shape[1]
+        more = max(16, triton.next_power_of_2(ctx.hidden)) - ctx.hidden  # units without weights, up to a power of two
+        if more:
+            w1, b1, w2 = F.pad(w1, (0, 0, 0, more)), F.pad(b1, (0, more)), F.pad(w2, (0, more))
         w1_high = w1.to(v.dtype).contiguous()
         w1_low = (w1 - w1_high).to(v.dtype)
         v = v if v.stride() == (batch * apart, apart, channels, 1) else v.contiguous()  # images may lie apart
@@ -92,7 +97,7 @@ class _Score(torch.autograd.Function):
         out = (scores, predicted, before, similarity, lengths, packed)
         options = {"PACK": packed is not v, "num_warps": 8}
         kernel_args = (v, v.stride(1), w1_low, *args, *out, *ctx.numbers)
-        launch(_score_kernel, (modalities * batch,), *kernel_args, **ctx.sizes, **options)
+        launch_that_fits(_score_kernel, (modalities * batch,), *kernel_args, **ctx.sizes, **options)
         ctx.similarity_grad = similarity_grad
         ctx.save_for_backward(packed, *args, predicted, before, similarity, lengths)
         return scores, predicted, packed.view_as(packed)
@@ -100,6 +105,8 @@ class _Score(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_scores, grad_predicted, grad_tap):  # type: ignore[override]
+        if grad_scores is None and grad_predicted is None:  # what scored the patches has no part in the loss
+            return grad_tap, *[None] * 9
         v, g, w1, *_, predicted, _, _, _ = ctx.saved_tensors
         modalities, batch, patches, _ = v.shape
         hidden = w1.shape[1]
@@ -110,9 +117,9 @@ class _Score(torch.autograd.Function):
         of_tap = None if grad_tap is None else grad_tap.contiguous()
         args = (*grads, *ctx.saved_tensors, of_tap, of_v, of_before, of_g, sums)
         options = {"SIMILARITY": ctx.similarity_grad, "ADD": of_tap is not None, "num_warps": 8}
-        launch(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
-        of_b1, of_w2, of_b2 = sums.sum(1).unbind(1)
-        of_w1 = _weight_gradients(of_before, v.flatten(1, 2))
+        launch_that_fits(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
+        of_b1, of_w2, of_b2 = sums.sum(1)[..., : ctx.hidden].unbind(1)
+        of_w1 = _weight_gradients(of_before, v.flatten(1, 2))[:, : ctx.hidden]
         of_g = None if of_g is None else of_g.sum(0).transpose(0, 1)
         return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0], *[None] * 4
 
