@@ -292,8 +292,8 @@ class Backbone(nn.Module):
 def _cut(x: Tensor, rows: int, columns: int) -> Tensor:
     """Images (B, 3, H, W) -> the pixels of each patch side by side, (B, N, 3 * rows * columns)."""
     dtype, together = x.dtype, 8 // x.element_size()
-    whole = x.is_contiguous() and columns % together == 0 and x.storage_offset() % together == 0
-    if whole and not x.requires_grad and not torch.compiler.is_compiling():  # copied eight bytes at a time
+    eager = not torch.compiler.is_compiling() and not x.requires_grad and x.is_contiguous()
+    if eager and columns % together == 0 and x.storage_offset() % together == 0:  # copied eight bytes at a time
         x, columns = x.view(torch.int64), columns // together
     patches = x.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).permute(0, 2, 4, 1, 3, 5)
     return patches.flatten(3).flatten(1, 2).view(dtype)

@@ -269,7 +269,8 @@ class ReIDModel(nn.Module):
 def _stack(images: list[Tensor]) -> Tensor:
     """torch.stack, without a copy of images that lie one behind the other in memory, as those of cached batches do."""
     first, size = images[0], images[0].numel() * images[0].element_size()
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(image.requires_grad for image in images):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or any(type(image) is not Tensor or image.requires_grad for image in images):
         return torch.stack(images)
     storage = first.untyped_storage().data_ptr()
     for i, image in enumerate(images):
