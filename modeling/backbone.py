@@ -197,11 +197,11 @@ class Backbone(nn.Module):
         for i in range(first, last, size):
             group = blocks[i : i + size]
             behind = norm if i + size >= last else None
-            run, args = (fused_vit.run_blocks, behind) if fused else (self._transform, ropes[i : i + len(group)])
+            run, with_it = (fused_vit.run_blocks, behind) if fused else (self._transform, ropes[i : i + len(group)])
             if self.grad_checkpointing and self.training:
-                tokens = checkpoint(run, group, tokens, args, use_reentrant=False)
+                tokens = checkpoint(run, group, tokens, with_it, use_reentrant=False)
             else:
-                tokens = run(group, tokens, args)
+                tokens = run(group, tokens, with_it)
         return tokens
 
     def _plain_norm(self) -> nn.LayerNorm | None:

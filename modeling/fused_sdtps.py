@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.selection import has_kernels, part_patches, score_patches
-from modeling.per_modality import matmul_precision
+from modeling.precision import matmul_precision
 from modeling.sdtps import NORM_FLOOR, RANGE_FLOOR, SDTPS, Choice, Selection, fuse_dropped, gather_tokens
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.per_modality import linear, norm_linear, product
+from modeling.per_modality import linear, norm_linear
+from modeling.precision import product
 from modeling.regions import is_compiled
 from utils.modalities import MODALITIES
 

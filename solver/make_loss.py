@@ -22,8 +22,8 @@ def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> 
     mean over the anchors of softplus(d_ap - d_an), or of max(0, d_ap - d_an + margin). Distances are Euclidean, not
     squared, between features as they are, in float32 at least.
 
-    An anchor alone with its identity has d_ap = 0. A batch of one identity has no negatives: its loss is a zero that
-    backward() accepts. Equal features have distance 0 and pass no gradient.
+    Equally hard ones share the gradient. An anchor alone with its identity has d_ap = 0. A batch of one identity has no
+    negatives: its loss is a zero that backward() accepts. Equal features have distance 0 and pass no gradient.
 
     Args:
         features: (..., B, D); losses are apart for what stands before the batch.

@@ -142,6 +142,7 @@ def train(cfg, batches, epochs):
         ((), False, [1] * 6, 1),
         (("MODEL.DROP_PATH", "0.2", "MODEL.SDTPS_USE_GUMBEL", "True"), False, [1] * 6, 1),
         (("SOLVER.GRAD_CLIP", "0.5", "MODEL.SDTPS_CHOICE", "random"), True, [1] * 6, 1),
+        (("SOLVER.AMP", "bf16"), False, [1] * 6, 1),
         # SDTPS's losses have no weight, then half of it, then all of it: three recordings
         (("MODEL.SDTPS_WARMUP_EPOCHS", "2", "SOLVER.MAX_EPOCHS", "5"), False, [2] * 4 + [3] * 4 + [4] * 4 + [5] * 2, 3),
     ],
@@ -153,6 +154,8 @@ def test_replayed_steps_are_those_that_are_not_replayed(tiny_cfg, fake_graphs, o
     told, weights = train(tiny_cfg(*opts), batches, epochs)
     assert len(fake_graphs) == graphs
     assert sum(graph.replays for graph in fake_graphs) == len(epochs) - graphs * WARM_UP
+    kept_as = torch.bfloat16 if "bf16" in opts else torch.float32
+    assert {image.dtype for graph in fake_graphs for image in graph.call[1].images.values()} == {kept_as}
     for a, b in zip(plain, told, strict=True):
         assert a.keys() == b.keys()
         for name in a:

@@ -1,10 +1,13 @@
 """Layers for all modalities at once against each modality's own layer."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
-from modeling import per_modality
+from modeling import per_modality, precision
+from modeling.kernels import linear as kernels_linear
 from modeling.per_modality import linear, norm_linear
 
 M, C, D = 3, 6, 4
@@ -43,8 +46,8 @@ def test_norm_and_linear_are_each_modality_s_own(shape):
 @pytest.mark.parametrize("rows", [6, 7])  # by parts of half of them; 7 cannot be divided
 def test_gradients_as_on_a_gpu_are_the_gradients(monkeypatch, rows, many):
     """In parts of the rows from `many` on."""
-    monkeypatch.setattr(per_modality, "MANY_ROWS", many)
-    monkeypatch.setattr(per_modality, "PARTS", 2)
+    monkeypatch.setattr(kernels_linear, "MANY_ROWS", many)
+    monkeypatch.setattr(kernels_linear, "PARTS", 2)
     x, weight = torch.randn(M, rows, C, requires_grad=True), torch.randn(M, D, C, requires_grad=True)
     expected, found = x @ weight.mT, per_modality._Rows.apply(x, weight, torch.float32)
     grad, leaves = torch.randn(M, rows, D), [x, weight]
@@ -66,17 +69,31 @@ def test_products_as_on_a_gpu_in_half_precision_leave_gradients_in_the_types_of_
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_products_remember_their_precision(precision):
-    """Whatever it is when the gradient is computed; afterwards it is as before."""
+def test_gradients_of_products_are_as_exact_as_these(monkeypatch):
+    """Whatever holds when they are computed; afterwards that holds again."""
+    used = []
+
+    @contextmanager
+    def watch(exactness):
+        with within(exactness):
+            used.append(torch.get_float32_matmul_precision())
+            yield
+
+    within = precision.matmul_precision
+    for module in (precision, per_modality):
+        monkeypatch.setattr(module, "matmul_precision", watch)
     a, b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, 5, requires_grad=True)
-    with per_modality.matmul_precision(precision):
-        found = per_modality.product(a, b)
-    assert torch.get_float32_matmul_precision() == "highest"
-    grad = torch.randn_like(found)
-    for x, y in zip(torch.autograd.grad(found, [a, b], grad), torch.autograd.grad(a @ b, [a, b], grad), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)
-    assert torch.get_float32_matmul_precision() == "highest"
+    x, weight = torch.randn(M, 5, C, requires_grad=True), torch.randn(M, D, C, requires_grad=True)
+    with within("high"):
+        found = precision.product(a, b), per_modality._Rows.apply(x, weight, torch.float32)
+    assert torch.get_float32_matmul_precision() == "highest" and not used
+    for out, expected, leaves in zip(found, (a @ b, x @ weight.mT), ([a, b], [x, weight]), strict=True):
+        grad = torch.randn_like(out)
+        for p, q in zip(
+            torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+        ):
+            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-2)
+    assert used == ["high", "high"] and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_under_autocast_products_stay_in_half_precision_as_in_torch_s_own_layer():

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling import fused_vit
+from modeling.kernels import triton
 from modeling.pooling import POOLS, TOKEN_POOLS, make_pool, make_token_pool
 
 M, B, T, C = 3, 4, 5, 16
@@ -116,3 +118,21 @@ def test_cross_does_not_look_at_an_absent_modality(fused):
 def test_an_unknown_pooling_is_named_with_those_that_there_are():
     with pytest.raises(ValueError, match="'max'.*mean, gem, attention, transformer, reduce, cross"):
         make_pool("max", C)
+
+
+@pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
+@pytest.mark.parametrize("present", [None, torch.tensor([[True, True, False]] * 2)])
+def test_a_fused_layer_of_cross_is_the_one_as_written(monkeypatch, present):
+    """Where modalities are missing, the layer has a mask, which no kernel knows."""
+    calls = []
+    monkeypatch.setattr(fused_vit, "can_fuse", lambda *args: calls.append(args) or True)
+    torch.manual_seed(0)
+    module, tokens, class_tokens = make_pool("cross", 32), torch.randn(M, 2, 3, 32), torch.randn(M, 2, 32)
+    results = []
+    for fused in (False, True):
+        module.fused = fused
+        out = module(tokens, class_tokens, present)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
+    assert len(calls) == (present is None)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())

@@ -81,8 +81,8 @@ def _grid(h: Tensor, sizes: dict[str, int]) -> tuple[int]:
 if triton is not None:
 
     @triton.jit
-    def _activate(x, QUICK: tl.constexpr):
-        """The activation and its derivative."""
+    def activate(x, QUICK: tl.constexpr):
+        """QuickGELU or GELU, and its derivative."""
         if QUICK:
             s = tl.sigmoid(1.702 * x)
             return x * s, s * (1 + 1.702 * x * (1 - s))
@@ -100,7 +100,7 @@ if triton is not None:
             at = rows[:, None].to(tl.int64) * W + columns[None, :]
             inside = (rows < M)[:, None] & (columns < W)[None, :]
             x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32) + b[None, :]
-            a, _ = _activate(x, QUICK)
+            a, _ = activate(x, QUICK)
             tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["M"])
@@ -128,7 +128,7 @@ if triton is not None:
             inside = (rows < M)[:, None] & (columns < W)[None, :]
             x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32) + b[None, :]
             g = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-            a, slope = _activate(x, QUICK)
+            a, slope = activate(x, QUICK)
             g *= slope
             if AGAIN:
                 tl.store(out + at, a.to(out.dtype.element_ty), mask=inside)

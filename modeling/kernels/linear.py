@@ -4,6 +4,7 @@
 Shape letters: M rows, V columns in, W columns out.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from modeling.kernels import launch, tl, triton
 
 ROWS, COLUMNS, CHUNK = 128, 512, 4
 """Rows and columns that a program sums up, and the rows that it takes at a time."""
+MANY_ROWS, PARTS = 2048, 32
+"""Rows from which the gradients of small weights are summed up in parts of them, and how many parts at most."""
 TOTAL = {"R": 256, "C": 16}
 """Rows and columns that a program takes at a time as it sums up what others have."""
 
@@ -73,6 +76,16 @@ def weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.is_cuda and dtype is torch.float32 and x.dtype != dtype and hasattr(product, "dtype"):
         return product.dtype(grad_out.mT, x, dtype)
     return (grad_out.mT @ x).to(dtype)
+
+
+def weight_gradients(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight_gradient` of several layers at once, (S, M, W) and (S, M, V) -> (S, W, V), of many rows in parts: small
+    matrices that sum over thousands of rows, each of which a few multiprocessors would do alone."""
+    if x.shape[1] < MANY_ROWS:
+        return weight_gradient(grad_out, x, dtype)
+    parts = (math.gcd(PARTS, x.shape[1]), -1)
+    of_parts = weight_gradient(grad_out.unflatten(1, parts).flatten(0, 1), x.unflatten(1, parts).flatten(0, 1), dtype)
+    return of_parts.unflatten(0, (len(x), -1)).sum(1)
 
 
 def column_sums(x: Tensor, idle: tuple[int, int] = (0, 0)) -> Tensor:

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, launch_that_fits, tl, triton
-from modeling.kernels.linear import weight_gradient
+from modeling.kernels.linear import weight_gradients
+
+if triton is not None:
+    from modeling.kernels.activation import activate
 
 CHUNK = 64
 """Channels that a program takes at a time."""
 PATCHES, WIDEST = (16, 32, 64, 128), 256
 """Numbers of patches for which there are kernels, and the widest predictor."""
-PARTS = 16
-"""Parts of the batch by which the gradient of the predictor's first layer is summed up, at most."""
 
 
 def has_kernels(num_patches: int, embed_dim: int, hidden: int) -> bool:
@@ -119,16 +120,9 @@ class _Score(torch.autograd.Function):
         options = {"SIMILARITY": ctx.similarity_grad, "ADD": of_tap is not None, "num_warps": 8}
         launch_that_fits(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
         of_b1, of_w2, of_b2 = sums.sum(1)[..., : ctx.hidden].unbind(1)
-        of_w1 = _weight_gradients(of_before, v.flatten(1, 2))[:, : ctx.hidden]
+        of_w1 = weight_gradients(of_before, v.flatten(1, 2), torch.float32)[:, : ctx.hidden]
         of_g = None if of_g is None else of_g.sum(0).transpose(0, 1)
         return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0], *[None] * 4
-
-
-def _weight_gradients(grad_out: Tensor, x: Tensor) -> Tensor:
-    """grad_out^T @ x, (M, R, H) and (M, R, C) -> (M, H, C) float32, in parts of the rows: each is a small matrix."""
-    parts = next(n for n in range(min(PARTS, grad_out.shape[1]), 0, -1) if grad_out.shape[1] % n == 0)
-    grad_out, x = (t.unflatten(1, (parts, -1)).flatten(0, 1) for t in (grad_out, x))
-    return weight_gradient(grad_out, x, torch.float32).unflatten(0, (-1, parts)).sum(1)
 
 
 class _Part(torch.autograd.Function):
@@ -177,12 +171,6 @@ if triton is not None:
     def _inverse(length, floor):
         """1 / length, 0 for what is too short to have a direction."""
         return tl.where(length >= floor, 1 / tl.maximum(length, floor), 0.0)
-
-    @triton.jit
-    def _gelu(x):
-        """The activation and its derivative."""
-        s = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
-        return x * s, s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
     @triton.jit
     def _inverse_lengths(g, b, batch, floor, C: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr):
@@ -253,7 +241,7 @@ if triton is not None:
         s = tl.sum((cosine - low[None, :]) / tl.maximum(high - low, range_floor)[None, :] * parts[None, :], axis=1)
 
         x += tl.load(b1 + m * H + h)[None, :]
-        active, _ = _gelu(x)
+        active, _ = activate(x, False)
         p = tl.sigmoid(tl.sum(active * tl.load(w2 + m * H + h)[None, :], axis=1) + tl.load(b2 + m))
         at = own * N + n
         tl.store(scores + at, share * p + s)
@@ -306,7 +294,7 @@ if triton is not None:
         ds, p = tl.load(of_scores + at), tl.load(predicted + at)
         dz = (share * ds + tl.load(of_predicted + at)) * p * (1 - p)
         here = at[:, None].to(tl.int64) * H + h[None, :]
-        active, slope = _gelu(tl.load(before + here))
+        active, slope = activate(tl.load(before + here), False)
         to = sums + own * 3 * H + h
         tl.store(to + H, tl.sum(active * dz[:, None], axis=0))
         tl.store(to + 2 * H, tl.zeros((H,), tl.float32) + tl.sum(dz))
