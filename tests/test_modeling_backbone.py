@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling import foreign
-from modeling.backbone import Backbone, resize_position_grid
+from modeling.backbone import Backbone, _cut, resize_position_grid
 from modeling.block_parts import DropPath
 from utils.errors import UserError
 from utils.modalities import MODALITIES
@@ -261,3 +261,18 @@ def test_patches_are_embedded_as_the_convolution_does():
     backbone, x = Backbone(TINY, img_size=(40, 24), depth=1), torch.randn(2, 3, 40, 24)
     expected = backbone.vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
     torch.testing.assert_close(backbone._patchify(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_patches_are_cut_out_whatever_the_type_and_the_place_in_memory(dtype):
+    """Images whose pixels can be copied eight bytes at a time, and such whose pixels cannot."""
+    images = torch.randn(2, 3, 8, 12).to(dtype)
+    shifted = torch.cat([torch.zeros(1, dtype=dtype), images.flatten()])[1:].view(images.shape)
+    for x in (images, shifted, images.clone().requires_grad_(), images.to(memory_format=torch.channels_last)):
+        for rows, columns in ((4, 4), (2, 3)):
+            crops = [
+                images[:, :, i : i + rows, j : j + columns].flatten(1)
+                for i in range(0, 8, rows)
+                for j in range(0, 12, columns)
+            ]
+            assert torch.equal(_cut(x, rows, columns), torch.stack(crops, dim=1))
