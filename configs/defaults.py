@@ -217,7 +217,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "CUDA_GRAPH": Key(
             True,
             "on CUDA, replay forward and backward pass as one recorded graph, so that a slow host costs no time; not "
-            "with several ranks, ACCUMULATION, GRAD_CHECKPOINT, DETERMINISTIC or fp16",
+            "with several ranks, DETERMINISTIC, or GRAD_CHECKPOINT of blocks that are not fused",
         ),
         "GRAD_CLIP": Key(0.0, "clip the norm of the gradient to this; 0 is off", within=_NOT_NEGATIVE),
         "ACCUMULATION": Key(1, "micro-batches in which a batch is computed, to save memory", within=_COUNT),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from engine.cuda_graph import obstacles
+from engine.cuda_graph import has_fused_blocks, obstacles
 from modeling import ReIDModel
 from modeling.regions import compile_regions
 from solver.make_loss import ReIDLoss
@@ -63,19 +63,17 @@ def should_compile(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None) ->
     Args:
         dtype: autocast type, None for float32.
     """
-    wanted, backbone, device = cfg.SOLVER.COMPILE, model.backbone, next(model.parameters()).device
+    wanted, device = cfg.SOLVER.COMPILE, next(model.parameters()).device
     if wanted != "auto":
         return wanted == "on"
     if device.type != "cuda":
         return False
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        fused = backbone.fuses(backbone.vit.num_prefix_tokens + backbone.num_patches, device)
-    if reason := reason_against(cfg, fused, device):
+    if reason := reason_against(cfg, has_fused_blocks(model, dtype)):
         log.info("not compiled: %s (SOLVER.COMPILE on forces it)", reason)
     return not reason
 
 
-def reason_against(cfg: CfgNode, fused: bool, device: torch.device) -> str:
+def reason_against(cfg: CfgNode, fused: bool) -> str:
     """Why a GPU is left without compiled regions; "" where they pay.
 
     Where blocks are fused and steps replayed, compiling takes some 30 s at the start and saves 0.02 ms a triple: only
@@ -83,7 +81,7 @@ def reason_against(cfg: CfgNode, fused: bool, device: torch.device) -> str:
     """
     if cfg.SOLVER.DETERMINISTIC:
         return "SOLVER.DETERMINISTIC asks for the same numbers in every run"
-    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, device)
+    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, fused)
     return "the fused blocks leave little to gain by it" if fused and replayed else ""
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data import Batch
-from engine.device import autocast_dtype
 from modeling import ReIDModel, ReIDOutput
 from solver.make_loss import ReIDLoss
 from utils.distributed import world_size
@@ -28,27 +27,36 @@ WARM_UP = 2
 """Passes before a recording: what is set up only once, such as kernels and workspaces, must be there."""
 
 
-def can_replay(cfg: CfgNode, device: torch.device) -> bool:
-    """Whether training steps are replayed; where SOLVER.CUDA_GRAPH asks for it in vain on a GPU, the log says why."""
+def can_replay(cfg: CfgNode, device: torch.device, fused: bool) -> bool:
+    """Whether training steps are replayed; where SOLVER.CUDA_GRAPH asks for it in vain on a GPU, the log says why.
+
+    Args:
+        fused: see `has_fused_blocks`.
+    """
     if device.type != "cuda" or not cfg.SOLVER.CUDA_GRAPH:
         return False
-    found = obstacles(cfg, device)
+    found = obstacles(cfg, fused)
     if found:
         log.info("steps are launched kernel by kernel, not replayed as a CUDA graph: %s", ", ".join(found))
     return not found
 
 
-def obstacles(cfg: CfgNode, device: torch.device) -> list[str]:
-    """What in a config keeps its steps from being replayed."""
+def obstacles(cfg: CfgNode, fused: bool) -> list[str]:
+    """What keeps a config's steps from being replayed."""
     s = cfg.SOLVER
     named = {
         "several ranks": world_size() > 1,
-        "SOLVER.ACCUMULATION": s.ACCUMULATION > 1,
-        "SOLVER.GRAD_CHECKPOINT": s.GRAD_CHECKPOINT,
+        "SOLVER.GRAD_CHECKPOINT of blocks that are not fused": s.GRAD_CHECKPOINT and not fused,
         "SOLVER.DETERMINISTIC": s.DETERMINISTIC,
-        "fp16": autocast_dtype(s.AMP, device) is torch.float16,
     }
     return [name for name, there in named.items() if there]
+
+
+def has_fused_blocks(model: ReIDModel, dtype: torch.dtype | None) -> bool:
+    """Whether the kernels of `modeling.fused_vit` run a model's backbone under autocast to a type, None for none."""
+    backbone, device = model.backbone, next(model.parameters()).device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        return backbone.fuses(backbone.vit.num_prefix_tokens + backbone.num_patches, device)
 
 
 @dataclass

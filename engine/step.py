@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data import Batch
-from engine.cuda_graph import ReplayedPass, can_replay
+from engine.cuda_graph import ReplayedPass, can_replay, has_fused_blocks
 from engine.device import autocast_dtype
 from engine.guard import FiniteGuard
 from engine.monitor import PartNorms
@@ -42,7 +42,7 @@ class TrainStep:
         self.parts, self.grad_clip = cfg.SOLVER.ACCUMULATION, cfg.SOLVER.GRAD_CLIP
         self.part_norms = PartNorms(guard.names, self.device)
         self.differentiate = self._differentiate
-        if can_replay(cfg, self.device):
+        if can_replay(cfg, self.device, has_fused_blocks(self.model, self.dtype)):
             self.differentiate = ReplayedPass(self._differentiate, self.model, objective.loss_fn, self.dtype)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> tuple[dict[str, Tensor], ReIDOutput]:

@@ -4,6 +4,8 @@ Shape letters: B batch, N patches, L tokens (prefix and patches), W width of the
 """
 
 import difflib
+import functools
+from collections.abc import Callable
 
 import timm
 import torch
@@ -191,17 +193,19 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, with a norm behind them if one is given, or in
         groups of equal size so that few compile."""
-        blocks = tuple(self.vit.blocks)
-        size = last - first if fused else group_size(self.split_after, len(blocks))
-        size = 1 if self.grad_checkpointing else size
-        for i in range(first, last, size):
-            group = blocks[i : i + size]
-            behind = norm if i + size >= last else None
-            run, with_it = (fused_vit.run_blocks, behind) if fused else (self._transform, ropes[i : i + len(group)])
-            if self.grad_checkpointing and self.training:
-                tokens = checkpoint(run, group, tokens, with_it, use_reentrant=False)
+        blocks, again = tuple(self.vit.blocks[first:last]), self.grad_checkpointing and self.training
+        kept = fused_vit.draw_branches(blocks, tokens) if fused else []  # no random state is needed to compute it again
+        group = len(blocks) if fused else group_size(self.split_after, len(self.vit.blocks))
+        size = 1 if self.grad_checkpointing else group
+        for i in range(0, len(blocks), size):
+            end = i + size
+            run: Callable[..., Tensor] = fused_vit.run_kept if fused else self._transform
+            if again:
+                run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=not fused)
+            if fused:
+                tokens = run(blocks[i:end], tokens, kept[2 * i : 2 * end], norm if end == len(blocks) else None)
             else:
-                tokens = run(group, tokens, with_it)
+                tokens = run(blocks[i:end], tokens, ropes[first + i : first + end])
         return tokens
 
     def _plain_norm(self) -> nn.LayerNorm | None:

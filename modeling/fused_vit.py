@@ -10,7 +10,7 @@ step, and does not compute them.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from modeling.block_parts import DropPath, Recomputed
 from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.activation import activated_linear, has_kernel
 from modeling.kernels.attention import prefix_for, tiled_attention
+from modeling.kernels.biases import tied_biases
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import halves, linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, norm_for
@@ -135,22 +136,27 @@ def stream_type(device: torch.device) -> torch.dtype:
 
 def run_blocks(blocks: Sequence[Any], tokens: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
     """Blocks that `can_fuse`, under autocast, (B, L, W) -> (B, L, W), and the norm behind the last if one is given."""
+    return run_kept(blocks, tokens, draw_branches(blocks, tokens), norm)
+
+
+def draw_branches(blocks: Sequence[Any], tokens: Tensor) -> list[Kept]:
+    """Which of the images of tokens (B, L, W) each branch keeps: two branches a block."""
     drops = [drop for block in blocks for drop in (block.drop_path1, block.drop_path2)]
     rates = [drop.rate if isinstance(drop, DropPath) and drop.training else 0.0 for drop in drops]
-    return run_kept(blocks, tokens, draw_kept(len(tokens), rates, tokens.device), norm)
+    return draw_kept(len(tokens), rates, tokens.device)
 
 
 def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept], norm: nn.LayerNorm | None = None) -> Tensor:
-    """`run_blocks`, told which images each branch keeps: two branches a block."""
+    """`run_blocks`, told what `draw_branches` drew."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     layers = [layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
     x, normed = norm_for(tokens, norms[0], kept[0])
-    cast = iter(halves([part for block in blocks for part in _cast_parts(block)], normed.dtype))
+    prepared = _prepare(blocks, normed.dtype)
     for i, last in enumerate(layers):
-        block = blocks[i // 2]
+        block, ready = blocks[i // 2], prepared[i // 2]
         kept_late = i // 2 >= len(blocks) - int(ACTIVATIONS_KEPT * len(blocks))
-        out = _attention(block.attn, normed, cast) if i % 2 == 0 else _mlp(block.mlp, normed, cast, kept_late)
-        branch = Branch(out, last.bias, kept[i])
+        out = _attention(block.attn, normed, ready) if i % 2 == 0 else _mlp(block.mlp, normed, ready, kept_late)
+        branch = Branch(out, last.bias if i % 2 else ready.proj_bias, kept[i])
         if i + 1 < len(layers):
             x, normed = norm_for(x, norms[i + 1], kept[i + 1], branch)
     if norm is None:
@@ -158,33 +164,48 @@ def run_kept(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept], norm: 
     return norm_for(x, norm, draw_kept(len(x), [0.0], x.device)[0], branch)[1]
 
 
-def _cast_parts(block: Any) -> list[Tensor]:
-    """What a block takes in half precision, in the order in which it does."""
-    attn, mlp = block.attn, block.mlp
-    bias = [] if attn.qkv.bias is None else [attn.qkv.bias]
-    return [attn.qkv.weight, *bias, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight]
+@dataclass(frozen=True)
+class _Prepared:
+    """What a block takes from its weights: in half precision, and the biases by which attention is differentiated."""
+
+    qkv: tuple[Tensor, Tensor | None]
+    proj: Tensor
+    fc1: Tensor
+    fc2: Tensor
+    query_bias: Tensor | None
+    proj_bias: Tensor
 
 
-def _attention(attn: Any, x: Tensor, cast: Iterator[Tensor]) -> Tensor:
-    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W).
+def _prepare(blocks: Sequence[Any], dtype: torch.dtype) -> list[_Prepared]:
+    """For all blocks at once."""
+    attns, mlps = [block.attn for block in blocks], [block.mlp for block in blocks]
+    layers = [[attn.qkv for attn in attns], [attn.proj for attn in attns], [m.fc1 for m in mlps], [m.fc2 for m in mlps]]
+    biases, proj_biases = [attn.qkv.bias for attn in attns], [attn.proj.bias for attn in attns]
+    has_bias = biases[0] is not None
+    kinds = [[layer.weight for layer in kind] for kind in layers] + ([biases] if has_bias else [])
+    qkv, proj, fc1, fc2, *qkv_biases = halves(kinds, dtype)
+    queries = [None] * len(blocks)
+    if has_bias:
+        queries, proj_biases = tied_biases(biases, proj_biases, proj)
+    of_qkv = list(zip(qkv, qkv_biases[0] if has_bias else queries, strict=True))
+    return [_Prepared(*parts) for parts in zip(of_qkv, proj, fc1, fc2, queries, proj_biases, strict=True)]
 
-    What is added to all keys adds the same to all scores of a query, of which the softmax takes no notice.
-    """
-    width, bias = attn.qkv.in_features, attn.qkv.bias
-    half = next(cast), None if bias is None else next(cast)
-    qkv = linear(x, attn.qkv.weight, bias, half, idle=(width, 2 * width))
+
+def _attention(attn: Any, x: Tensor, ready: _Prepared) -> Tensor:
+    """Self-attention without the bias of its last layer, (B, L, W) -> (B, L, W)."""
+    qkv = linear(x, attn.qkv.weight, ready.query_bias, ready.qkv)
     if prefix := prefix_for(x.shape[1], attn.num_heads, attn.head_dim, qkv.dtype, x.device):
         out = tiled_attention(qkv, attn.num_heads, prefix)
     else:
         q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, attn.num_heads, -1)).unbind(2))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return linear(out, attn.proj.weight, half=(next(cast), None))
+    return linear(out, attn.proj.weight, half=(ready.proj, None))
 
 
-def _mlp(mlp: Any, x: Tensor, cast: Iterator[Tensor], keep: bool) -> Tensor:
+def _mlp(mlp: Any, x: Tensor, ready: _Prepared, keep: bool) -> Tensor:
     """MLP without the bias of its last layer, (B, L, W) -> (B, L, W)."""
-    hidden = linear(x, mlp.fc1.weight, half=(next(cast), None))
-    return activated_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp), next(cast), keep)
+    hidden = linear(x, mlp.fc1.weight, half=(ready.fc1, None))
+    return activated_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, plain_activation(mlp), ready.fc2, keep)
 
 
 @functools.cache

@@ -122,16 +122,17 @@ class CrossPool(nn.Module):
         self.reduce = Reduce(embed_dim)
 
     def forward(self, tokens: Tensor, class_tokens: Tensor, present: Tensor | None = None) -> Tensor:
-        x = torch.cat([class_tokens.unsqueeze(2), tokens.to(class_tokens.dtype)], dim=2).transpose(0, 1)  # (B, M, ...)
+        parts = [class_tokens.unsqueeze(2), tokens.to(class_tokens.dtype)]
+        x = torch.cat([part.transpose(0, 1) for part in parts], dim=2)  # (B, M, 1 + T, C)
         shape = x.shape[1:3]
         mask = None
         if present is not None:  # nobody looks at an absent modality, except where there is none
             seen = present | ~present.any(dim=1, keepdim=True)
             seen = seen.repeat_interleave(shape[1], dim=1)[:, None, None]
             mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
-        x = self._mixed((x + self.modality).flatten(1, 2), mask).unflatten(1, shape).transpose(0, 1)
+        x = self._mixed((x + self.modality).flatten(1, 2), mask).unflatten(1, shape)
         class_tokens, tokens = x.split([1, shape[1] - 1], dim=2)
-        return self.reduce(class_tokens.squeeze(2), tokens.mean(dim=2))
+        return self.reduce(class_tokens.squeeze(2).transpose(0, 1), tokens.mean(dim=2).transpose(0, 1))
 
     def _mixed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The layer itself, (B, T, C) -> (B, T, C)."""

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from modeling import fused_vit
 from modeling.fused_sdtps import FusedSDTPS
-from modeling.kernels import activation, attention, embedding, linear, residual, selection
+from modeling.kernels import activation, attention, biases, embedding, linear, residual, selection
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -31,7 +31,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
         if options.get("ADD", True):  # between a branch and a norm a kernel does all that it can
             seen.setdefault(name, (kernel, args, options))
 
-    for module in (activation, attention, embedding, linear, residual, selection):
+    for module in (activation, attention, biases, embedding, linear, residual, selection):
         module.launch = remember
     selection.launch_that_fits = remember
     blocks = nn.ModuleList([Block(768, 12, qkv_bias=True, act_layer=QuickGELU) for _ in range(2)])

@@ -108,7 +108,7 @@ def fake_graphs(monkeypatch, fake_streams):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(engine.step, "ReplayedPass", Watched)
-    monkeypatch.setattr(engine.step, "can_replay", lambda cfg, device: cfg.SOLVER.CUDA_GRAPH)
+    monkeypatch.setattr(engine.step, "can_replay", lambda cfg, device, fused: cfg.SOLVER.CUDA_GRAPH)
     return FakeGraph.made
 
 
@@ -143,6 +143,7 @@ def train(cfg, batches, epochs):
         (("MODEL.DROP_PATH", "0.2", "MODEL.SDTPS_USE_GUMBEL", "True"), False, [1] * 6, 1),
         (("SOLVER.GRAD_CLIP", "0.5", "MODEL.SDTPS_CHOICE", "random"), True, [1] * 6, 1),
         (("SOLVER.AMP", "bf16"), False, [1] * 6, 1),
+        (("SOLVER.ACCUMULATION", "2"), True, [1] * 6, 1),
         # SDTPS's losses have no weight, then half of it, then all of it: three recordings
         (("MODEL.SDTPS_WARMUP_EPOCHS", "2", "SOLVER.MAX_EPOCHS", "5"), False, [2] * 4 + [3] * 4 + [4] * 4 + [5] * 2, 3),
     ],
@@ -216,24 +217,22 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("opts", "told"),
+    ("opts", "fused", "told"),
     [
-        (("SOLVER.ACCUMULATION", "2"), "SOLVER.ACCUMULATION"),
-        (("SOLVER.GRAD_CHECKPOINT", "True"), "SOLVER.GRAD_CHECKPOINT"),
-        (("SOLVER.DETERMINISTIC", "True"), "SOLVER.DETERMINISTIC"),
-        (("SOLVER.AMP", "fp16"), "fp16"),
+        (("SOLVER.GRAD_CHECKPOINT", "True"), False, "SOLVER.GRAD_CHECKPOINT of blocks that are not fused"),
+        (("SOLVER.DETERMINISTIC", "True"), True, "SOLVER.DETERMINISTIC"),
     ],
 )
-def test_what_stands_in_the_way_of_a_recording_is_told(tiny_cfg, caplog, monkeypatch, opts, told):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+def test_what_stands_in_the_way_of_a_recording_is_told(tiny_cfg, caplog, opts, fused, told):
     with caplog.at_level(logging.INFO, "engine.cuda_graph"):
-        assert not can_replay(tiny_cfg(*opts), CUDA)
+        assert not can_replay(tiny_cfg(*opts), CUDA, fused)
     assert caplog.messages and caplog.messages[-1].endswith(told)
 
 
 def test_steps_are_replayed_on_cuda_alone_and_only_where_asked_for(tiny_cfg, caplog):
     with caplog.at_level(logging.INFO, "engine.cuda_graph"):
-        assert can_replay(tiny_cfg("SOLVER.AMP", "bf16"), CUDA)
-        assert not can_replay(tiny_cfg("SOLVER.AMP", "bf16"), torch.device("cpu"))
-        assert not can_replay(tiny_cfg("SOLVER.AMP", "bf16", "SOLVER.CUDA_GRAPH", "False"), CUDA)
+        assert can_replay(tiny_cfg(), CUDA, False)
+        assert can_replay(tiny_cfg("SOLVER.GRAD_CHECKPOINT", "True"), CUDA, True)
+        assert not can_replay(tiny_cfg(), torch.device("cpu"), False)
+        assert not can_replay(tiny_cfg("SOLVER.CUDA_GRAPH", "False"), CUDA, False)
     assert not caplog.messages

@@ -25,8 +25,7 @@ SMALL = Kind(width=16, hidden=40, heads=1, qkv_bias=True, quick=True)
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(residual, "PROGRAMS", 3)
-    monkeypatch.setattr(linear, "ROWS", 128)
-    monkeypatch.setattr(linear, "CHUNK", 64)
+    monkeypatch.setattr(linear, "SUM", {"ROWS": 128, "C": 256, "R": 64})
     monkeypatch.setattr(activation, "FORWARD", {"ROWS": 64, "C": 64, "R": 64})
     monkeypatch.setattr(activation, "BACKWARD", {"ROWS": 64, "C": 64, "R": 64})
 

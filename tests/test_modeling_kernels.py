@@ -15,6 +15,7 @@ from modeling.kernels import activation, attention, embedding, residual, triton
 from modeling.kernels import linear as linear_kernels
 from modeling.kernels.activation import activated_linear
 from modeling.kernels.attention import prefix_for, tiled_attention
+from modeling.kernels.biases import tied_biases
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
@@ -30,8 +31,7 @@ def few_programs(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(residual, "PROGRAMS", 3)
     monkeypatch.setattr(embedding, "PARTS", 2)
-    monkeypatch.setattr(linear_kernels, "ROWS", 16)
-    monkeypatch.setattr(linear_kernels, "CHUNK", 8)
+    monkeypatch.setattr(linear_kernels, "SUM", {"ROWS": 16, "C": 256, "R": 8})
     monkeypatch.setattr(activation, "FORWARD", {"ROWS": 16, "C": 32, "R": 8})
     monkeypatch.setattr(activation, "BACKWARD", {"ROWS": 16, "C": 32, "R": 8})
 
@@ -171,7 +171,7 @@ def test_at_least_one_image_stays():
 
 @pytest.mark.parametrize(
     ("architecture", "files", "kernels", "there_is"),
-    [("80", [], 14, 163 * 1024), ("90", ["attention", "selection"], 6, 227 * 1024)],
+    [("80", [], 15, 163 * 1024), ("90", ["attention", "selection"], 6, 227 * 1024)],
     ids=["A100", "H100"],
 )
 def test_every_kernel_of_a_step_compiles_and_finds_its_shared_memory(architecture, files, kernels, there_is):
@@ -184,12 +184,35 @@ def test_every_kernel_of_a_step_compiles_and_finds_its_shared_memory(architectur
     assert len(shared) == kernels and max(shared.values()) <= there_is, shared
 
 
-def test_sums_leave_out_columns_that_are_known_to_be_zero():
-    x = torch.randn(40, 90)
-    expected = x.sum(0)
-    torch.testing.assert_close(linear_kernels.column_sums(x), expected)
-    x[:, 30:60], expected[30:60] = float("nan"), 0
-    torch.testing.assert_close(linear_kernels.column_sums(x, (30, 60)), expected)
+@pytest.mark.parametrize("columns", [90, 30])
+def test_columns_are_summed_up_also_where_their_rows_lie_apart(columns):
+    x = torch.randn(40, 90)[:, :columns]
+    torch.testing.assert_close(linear_kernels.column_sums(x), x.sum(0))
+
+
+def test_a_layer_may_give_the_beginning_of_its_bias_alone_a_gradient():
+    x, weight, bias = leaf(5, 16), leaf(24, 16), leaf(24)
+    out = linear(x, weight, bias[:8], (weight.detach(), bias.detach()))
+    agree(out, x @ weight.T + torch.cat([bias[:8], bias[8:].detach()]), [x, weight, bias])
+
+
+def test_the_gradients_of_attention_s_biases_come_from_those_of_queries_and_output():
+    """Two blocks side by side, whose tokens each go through attention, layer and bias; against autograd as written."""
+    width, images, tokens = 48, 2, 9
+    qkv_biases, proj_biases = [leaf(3 * width) for _ in range(2)], [leaf(width) for _ in range(2)]
+    weights, x = torch.randn(2, width, width), torch.randn(2, images, tokens, 3 * width)
+
+    def attended(i, qkv, bias):
+        q, k, v = qkv.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) @ weights[i].T + bias
+
+    queries, outs = tied_biases(qkv_biases, proj_biases, weights)
+    found, expected = [], []
+    for i, (whole, query, out) in enumerate(zip(qkv_biases, queries, outs, strict=True)):
+        others = torch.cat([query, whole[width:].detach()])
+        found.append(attended(i, x[i] + others, out))
+        expected.append(attended(i, x[i] + whole, proj_biases[i]))
+    agree(torch.stack(found), torch.stack(expected), [*qkv_biases, *proj_biases], rtol=1e-4)
 
 
 def test_parts_of_any_shape_are_summed_up():

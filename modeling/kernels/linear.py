@@ -5,6 +5,7 @@ Shape letters: M rows, V columns in, W columns out.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from modeling.kernels import launch, tl, triton
 
-ROWS, COLUMNS, CHUNK = 128, 512, 4
+SUM = {"ROWS": 128, "C": 256, "R": 16}
 """Rows and columns that a program sums up, and the rows that it takes at a time."""
 MANY_ROWS, PARTS = 2048, 32
 """Rows from which the gradients of small weights are summed up in parts of them, and how many parts at most."""
@@ -22,37 +23,34 @@ TOTAL = {"R": 256, "C": 16}
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    half: tuple[Tensor, Tensor | None] | None = None,
-    idle: tuple[int, int] = (0, 0),
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, half: tuple[Tensor, Tensor | None] | None = None
 ) -> Tensor:
     """x @ weight.T + bias, in the type of x: (..., V), (W, V), (W,) -> (..., W).
 
     Args:
+        bias: with `half`, which has the whole of it, only its beginning if no other part is to get a gradient here.
         half: weight and bias in the type of x, where they are at hand; see `halves`.
-        idle: from where to where the bias moves nothing that follows, so that its gradient is zero.
     """
     if half is None:
         half = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
-    return _Linear.apply(x, weight, bias, *half, idle)
+    return _Linear.apply(x, weight, bias, *half)
 
 
-def halves(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Weights in another type, cast by few kernels for all of them; no gradient flows through them."""
-    cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-    torch._foreach_copy_(cast, [weight.detach() for weight in weights])
+def halves(kinds: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """Weights in another type, those of a kind, which have one shape, in one tensor (n, ...): cast by few kernels for
+    all of them. No gradient flows through them."""
+    cast = [like.new_empty(len(weights), *like.shape, dtype=dtype) for weights in kinds for like in weights[:1]]
+    torch._foreach_copy_([half for kind in cast for half in kind], [w.detach() for weights in kinds for w in weights])
     return cast
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, w, b, idle):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, bias, w, b):  # type: ignore[override]
         rows = x.flatten(0, -2)
         out = rows @ w.T if b is None else torch.addmm(b, rows, w.T)
         ctx.save_for_backward(rows, w)
-        ctx.dtype, ctx.idle = weight.dtype, idle
+        ctx.dtype, ctx.biases = weight.dtype, 0 if bias is None else len(bias)
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -64,8 +62,8 @@ class _Linear(torch.autograd.Function):
         return (
             (g @ w).unflatten(0, grad.shape[:-1]) if of_x else None,
             weight_gradient(g, rows, ctx.dtype) if of_weight else None,
-            column_sums(g, ctx.idle) if of_bias else None,
-            *[None] * 3,
+            column_sums(g[:, : ctx.biases]) if of_bias else None,
+            *[None] * 2,
         )
 
 
@@ -88,13 +86,12 @@ def weight_gradients(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return of_parts.unflatten(0, (len(x), -1)).sum(1)
 
 
-def column_sums(x: Tensor, idle: tuple[int, int] = (0, 0)) -> Tensor:
-    """(M, W) -> (W,) float32, zeros from where to where `idle` says, which are not read."""
-    programs = triton.cdiv(len(x), ROWS)
+def column_sums(x: Tensor) -> Tensor:
+    """(M, W) -> (W,) float32; rows may lie apart."""
+    programs = triton.cdiv(len(x), SUM["ROWS"])
     sums = x.new_empty(programs, x.shape[1], dtype=torch.float32)
-    grid = (triton.cdiv(x.shape[1], COLUMNS) * programs,)
-    sizes = {"W": x.shape[1], "IDLE": idle[0], "BUSY": idle[1], "R": CHUNK, "C": COLUMNS, "ROWS": ROWS}
-    launch(_sum_kernel, grid, x, sums, len(x), **sizes)
+    grid = (triton.cdiv(x.shape[1], SUM["C"]) * programs,)
+    launch(_sum_kernel, grid, x, x.stride(0), sums, len(x), W=x.shape[1], **SUM)
     return sum_parts(sums)
 
 
@@ -115,24 +112,13 @@ if triton is not None:
         return program // across, (program % across) * C + tl.arange(0, C)
 
     @triton.jit(do_not_specialize=["M"])
-    def _sum_kernel(
-        x,
-        sums,
-        M,
-        W: tl.constexpr,
-        IDLE: tl.constexpr,
-        BUSY: tl.constexpr,
-        R: tl.constexpr,
-        C: tl.constexpr,
-        ROWS: tl.constexpr,
-    ):
+    def _sum_kernel(x, apart, sums, M, W: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
         part, columns = tile_of(tl.program_id(0), W, C)
-        busy = (columns < IDLE) | ((columns >= BUSY) & (columns < W))
         total = tl.zeros((R, C), tl.float32)
         for first in tl.range(part * ROWS, (part + 1) * ROWS, R):
             rows = first + tl.arange(0, R)
-            at = rows[:, None].to(tl.int64) * W + columns[None, :]
-            total += tl.load(x + at, mask=(rows < M)[:, None] & busy[None, :], other=0.0).to(tl.float32)
+            at = rows[:, None].to(tl.int64) * apart + columns[None, :]
+            total += tl.load(x + at, mask=(rows < M)[:, None] & (columns < W)[None, :], other=0.0).to(tl.float32)
         tl.store(sums + part * W + columns, tl.sum(total, axis=0), mask=columns < W)
 
     @triton.jit(do_not_specialize=["M"])
