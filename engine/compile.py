@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from engine.cuda_graph import has_fused_blocks, obstacles
+from engine.cuda_graph import has_fused_blocks
 from modeling import ReIDModel
 from modeling.regions import compile_regions
 from solver.make_loss import ReIDLoss
@@ -23,7 +23,7 @@ its graphs, which are others than those of training, and 0.1 ms a triple (ViT-B/
 
 
 def compile_training(
-    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int
+    cfg: CfgNode, model: ReIDModel, loss_fn: ReIDLoss, dtype: torch.dtype | None, batch_size: int, replayed: bool
 ) -> bool:
     """Compiles model and loss for training, as SOLVER.COMPILE says, on a blank batch that leaves no trace.
 
@@ -34,11 +34,12 @@ def compile_training(
         model: on its device.
         dtype: autocast type, None for float32.
         batch_size: triples that pass through the model at once.
+        replayed: whether steps will be, see `engine.cuda_graph`.
 
     Returns:
         Whether the regions are compiled.
     """
-    if not should_compile(cfg, model, dtype):
+    if not should_compile(cfg, model, dtype, replayed):
         return False
     start = time.perf_counter()
     # Its entries for graphs of this size overflow the stack of the thread that runs the backward pass (torch 2.11).
@@ -57,23 +58,24 @@ def compile_training(
     return True
 
 
-def should_compile(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None) -> bool:
+def should_compile(cfg: CfgNode, model: ReIDModel, dtype: torch.dtype | None, replayed: bool) -> bool:
     """Whether SOLVER.COMPILE asks for compiled regions; the log says why `auto` leaves a GPU without them.
 
     Args:
         dtype: autocast type, None for float32.
+        replayed: whether steps are.
     """
     wanted, device = cfg.SOLVER.COMPILE, next(model.parameters()).device
     if wanted != "auto":
         return wanted == "on"
     if device.type != "cuda":
         return False
-    if reason := reason_against(cfg, has_fused_blocks(model, dtype)):
+    if reason := reason_against(cfg, has_fused_blocks(model, dtype), replayed):
         log.info("not compiled: %s (SOLVER.COMPILE on forces it)", reason)
     return not reason
 
 
-def reason_against(cfg: CfgNode, fused: bool) -> str:
+def reason_against(cfg: CfgNode, fused: bool, replayed: bool) -> str:
     """Why a GPU is left without compiled regions; "" where they pay.
 
     Where blocks are fused and steps replayed, compiling takes some 30 s at the start and saves 0.02 ms a triple: only
@@ -81,7 +83,6 @@ def reason_against(cfg: CfgNode, fused: bool) -> str:
     """
     if cfg.SOLVER.DETERMINISTIC:
         return "SOLVER.DETERMINISTIC asks for the same numbers in every run"
-    replayed = cfg.SOLVER.CUDA_GRAPH and not obstacles(cfg, fused)
     return "the fused blocks leave little to gain by it" if fused and replayed else ""
 
 

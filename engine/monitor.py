@@ -131,8 +131,9 @@ class SelectionMonitor:
 
 def score_gradient_probe(
     model: ReIDModel, batch: Batch, loss_fn: ReIDLoss, epoch: int, dtype: torch.dtype | None = None
-) -> dict[str, float]:
-    """How the sdtps branch's loss reaches the backbone: gradient norms in total, through values and through scores.
+) -> dict[str, Tensor]:
+    """How the sdtps branch's loss reaches the backbone: gradient norms in total, through values and through scores, 0-d
+    tensors on the device.
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
     detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
@@ -163,4 +164,4 @@ def score_gradient_probe(
     total, value = gradients
     score = [t - v for t, v in zip(total, value, strict=True)]
     norms = {"total": total, "value": value, "score": score}
-    return {f"backbone_{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in norms.items()}
+    return {f"backbone_{k}": torch.nn.utils.get_total_norm(g) for k, g in norms.items()}

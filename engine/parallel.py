@@ -1,5 +1,6 @@
 """A training step's forward pass, in one process or in each of several."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batch
+from engine.cuda_graph import on_stream
 from modeling import ReIDModel, ReIDOutput
 from modeling.regions import uncompiled
 from modeling.sdtps import Selection
@@ -38,26 +40,34 @@ class Objective(nn.Module):
         return nullcontext()
 
 
-def parallel(objective: Objective, epoch: int) -> Objective | DistributedDataParallel:
+def parallel(
+    objective: Objective, idle: Sequence[str] = (), stream: torch.cuda.Stream | None = None
+) -> Objective | DistributedDataParallel:
     """The objective itself or, of several ranks, one whose backward pass averages the gradients over them.
 
     Args:
         objective: on its device.
-        epoch: the first to be trained; in no later one do more parameters lie idle.
+        idle: see `idle_parameters`.
+        stream: on which steps will be recorded, see `engine.cuda_graph.recording_stream`.
     """
     if world_size() == 1:
         return objective
-    return DistributedDataParallel(
-        objective,
-        broadcast_buffers=False,  # batch statistics are synchronised where they are made
-        gradient_as_bucket_view=True,
-        find_unused_parameters=bool(idle_parameters(objective.model, objective.loss_fn, epoch)),
-    )
+    with on_stream(stream):
+        return DistributedDataParallel(
+            objective,
+            broadcast_buffers=False,  # batch statistics are synchronised where they are made
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(idle),
+        )
 
 
 def idle_parameters(model: ReIDModel, loss_fn: ReIDLoss, epoch: int) -> list[str]:
     """Names of the trainable parameters that the loss of an epoch leaves without a gradient, such as SDTPS's in its
-    warm-up; found by a pass over two blank samples, which changes nothing."""
+    warm-up; found by a pass over two blank samples, which changes nothing.
+
+    Args:
+        epoch: the first to be trained; in no later one do more parameters lie idle.
+    """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device, training = next(model.parameters()).device, model.training
     blank = torch.zeros(2, 3, *model.backbone.img_size, device=device)

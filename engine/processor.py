@@ -14,6 +14,7 @@ from data import ReidData, tell_lost_workers
 from engine.background import CheckpointWriter
 from engine.checkpoint import Start, TrainState
 from engine.compile import compile_training, pays_in_evaluation
+from engine.cuda_graph import recording_stream
 from engine.device import autocast_dtype, describe
 from engine.diagnosis import DiagnosingWriter, Diagnosis
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
@@ -22,7 +23,7 @@ from engine.interrupt import StopRequest
 from engine.meters import Meters
 from engine.monitor import score_gradient_probe, selection_statistics
 from engine.output import LAST, METRICS_FILE, open_output_dir
-from engine.parallel import Objective, parallel
+from engine.parallel import Objective, idle_parameters, parallel
 from engine.step import TrainStep
 from modeling import ReIDModel
 from modeling.regions import compile_regions, uncompiled
@@ -38,8 +39,9 @@ log = logging.getLogger(__name__)
 
 PICTURES = 4
 """Test images on which every evaluation draws the selected patches."""
-PROBE_SAMPLES = 16
-"""Samples of an epoch's first batch on which the gradient probe runs."""
+PROBE_STEP, PROBE_SAMPLES = 8, 16
+"""The gradient probe runs once an epoch, before this step or the last, on some samples of its batch: launched kernel by
+kernel, for which the host has time while the device is busy with the steps before."""
 
 
 @tell_lost_workers()
@@ -106,7 +108,10 @@ def do_train(
         known = {name: metrics for name, metrics in sections.items() if metrics}
         writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
 
-    compiled = compile_training(cfg, model, loss_fn, dtype, s.IMS_PER_BATCH // s.ACCUMULATION // world_size())
+    idle = idle_parameters(model, loss_fn, state.epoch + 1) if world_size() > 1 else []
+    stream = recording_stream(cfg, model, idle)
+    at_once = s.IMS_PER_BATCH // s.ACCUMULATION // world_size()
+    compiled = compile_training(cfg, model, loss_fn, dtype, at_once, replayed=stream is not None)
     if ema:
         compile_regions(ema.module, enable=compiled)
     if start is None:
@@ -116,25 +121,22 @@ def do_train(
         keep_results()
     model.train()
     barrier()
-    objective = parallel(Objective(model, loss_fn), state.epoch + 1)
-    train_step = TrainStep(cfg, objective, guard, ema)
+    train_step = TrainStep(cfg, parallel(Objective(model, loss_fn), idle, stream), guard, ema, stream)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # not later: a CUDA graph's memory is counted while it is recorded
 
-    with StopRequest(s.RANK_TIMEOUT) as stop, closing(writer), CheckpointWriter() as files:
+    with StopRequest(s.RANK_TIMEOUT) as stop, closing(train_step), closing(writer), CheckpointWriter() as files:
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)
             batches, quiet = train_loader.batches(device), None if is_main() else True
             bar = tqdm(batches, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=quiet)
             begin = clock = time.perf_counter()
-            clock_step = state.step
+            clock_step, probe = state.step, {}
 
             for step, batch in enumerate(bar, state.step + 1):
-                if step == 1:
-                    head = batch.part(0, PROBE_SAMPLES)
-                    probe = score_gradient_probe(model, head, loss_fn, epoch, dtype)
-                    writer.scalars(state.global_step, epoch, probe, kind="probe")
+                if step == min(PROBE_STEP, steps):
+                    probe = score_gradient_probe(model, batch.part(0, PROBE_SAMPLES), loss_fn, epoch, dtype)
                 scheduler.step(epoch - 1 + (step - 1) / steps)
                 state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1
                 values, output = train_step(batch, epoch, state.global_step)
@@ -145,6 +147,9 @@ def do_train(
                 # every LOG_PERIOD steps: read back and tell
                 if step % s.LOG_PERIOD == 0 or step == steps:
                     guard.raise_if_bad()
+                    if probe:
+                        writer.scalars(state.global_step, epoch, probe, kind="probe")
+                        probe = {}
                     scalars = window_meters.read() | {f"lr/{name}": lr for name, lr in scheduler.rates().items()}
                     if output.selection is not None:
                         scalars |= average(selection_statistics(output.selection))

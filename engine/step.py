@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data import Batch
-from engine.cuda_graph import ReplayedPass, can_replay, has_fused_blocks
+from engine.cuda_graph import Pass, ReplayedPass
 from engine.device import autocast_dtype
 from engine.guard import FiniteGuard
 from engine.monitor import PartNorms
@@ -22,10 +22,11 @@ from utils.modalities import MODALITIES
 class TrainStep:
     """
     Args:
-        cfg: SOLVER.AMP, ACCUMULATION, GRAD_CLIP and what decides about CUDA_GRAPH are read.
+        cfg: SOLVER.AMP, ACCUMULATION and GRAD_CLIP are read.
         objective: model and loss, see `engine.parallel`.
         guard: updates the weights through optimizer and scaler.
         ema: moving average of the weights, or None.
+        stream: of `recording_stream`; None launches every step kernel by kernel.
     """
 
     def __init__(
@@ -34,16 +35,18 @@ class TrainStep:
         objective: Objective | DistributedDataParallel,
         guard: FiniteGuard,
         ema: ModelEmaV3 | None = None,
+        stream: torch.cuda.Stream | None = None,
     ):
         self.objective, self.guard, self.ema = objective, guard, ema
-        self.model = (objective.module if isinstance(objective, DistributedDataParallel) else objective).model
+        alone = objective.module if isinstance(objective, DistributedDataParallel) else objective
+        self.model = alone.model
         self.device = guard.parameters[0].device
         self.dtype = autocast_dtype(cfg.SOLVER.AMP, self.device)
         self.parts, self.grad_clip = cfg.SOLVER.ACCUMULATION, cfg.SOLVER.GRAD_CLIP
         self.part_norms = PartNorms(guard.names, self.device)
-        self.differentiate = self._differentiate
-        if can_replay(cfg, self.device, has_fused_blocks(self.model, self.dtype)):
-            self.differentiate = ReplayedPass(self._differentiate, self.model, objective.loss_fn, self.dtype)
+        self.differentiate: Pass = self._differentiate
+        if stream is not None:
+            self.differentiate = ReplayedPass(self._differentiate, self.model, alone.loss_fn, stream, self.dtype)
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> tuple[dict[str, Tensor], ReIDOutput]:
         """
@@ -67,6 +70,11 @@ class TrainStep:
         if self.ema:
             self.ema.update(self.model, step=step)
         return values | self.part_norms(norms), output
+
+    def close(self) -> None:
+        """Lets go of what was recorded: the ranks could not part while a recording holds their messages."""
+        if isinstance(self.differentiate, ReplayedPass):
+            self.differentiate.forget()
 
     def _differentiate(self, batch: Batch, epoch: int) -> tuple[dict[str, Tensor], ReIDOutput]:
         """Forward and backward pass: loss, its terms and `acc`, and the output; the gradients are in the parameters."""

@@ -30,7 +30,7 @@ def backend(monkeypatch, function):
 def test_a_cpu_is_left_alone_unless_asked_for(tiny_cfg):
     for opts in ((), ("SOLVER.COMPILE", "off")):
         cfg, model, loss_fn = built(tiny_cfg, *opts)
-        assert not compile_training(cfg, model, loss_fn, None, 8) and not is_compiled(model)
+        assert not compile_training(cfg, model, loss_fn, None, 8, replayed=False) and not is_compiled(model)
 
 
 def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, monkeypatch):
@@ -39,7 +39,7 @@ def test_compiling_changes_no_weight_no_statistic_and_no_random_state(tiny_cfg, 
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on", "MODEL.DROP_PATH", "0.2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert compile_training(cfg, model.eval(), loss_fn, None, 8) and calls
+    assert compile_training(cfg, model.eval(), loss_fn, None, 8, replayed=False) and calls
     assert is_compiled(model) and is_compiled(loss_fn) and not model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -57,7 +57,7 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
     backend(monkeypatch, broken)
     cfg, model, loss_fn = built(tiny_cfg, "SOLVER.COMPILE", "on")
     with caplog.at_level(logging.WARNING):
-        assert not compile_training(cfg, model, loss_fn, None, 8)
+        assert not compile_training(cfg, model, loss_fn, None, 8, replayed=False)
     assert "not compiled, so training is slower" in caplog.text and "no C compiler found" in caplog.text
     assert not is_compiled(model) and not is_compiled(loss_fn)
     images = {m: torch.zeros(2, 3, *cfg.INPUT.SIZE_TRAIN) for m in ("RGB", "NI", "TI")}
@@ -65,17 +65,16 @@ def test_a_compiler_that_fails_is_told_and_done_without(tiny_cfg, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("fused", "opts", "against"),
+    ("fused", "replayed", "opts", "against"),
     [
-        (True, (), "fused blocks"),
-        (False, (), ""),
-        (True, ("SOLVER.CUDA_GRAPH", "False"), ""),
-        (True, ("SOLVER.GRAD_CHECKPOINT", "True"), "fused blocks"),
-        (False, ("SOLVER.DETERMINISTIC", "True"), "SOLVER.DETERMINISTIC"),
+        (True, True, (), "fused blocks"),
+        (False, True, (), ""),
+        (True, False, (), ""),
+        (False, False, ("SOLVER.DETERMINISTIC", "True"), "SOLVER.DETERMINISTIC"),
     ],
 )
-def test_a_gpu_is_compiled_for_unless_blocks_are_fused_and_steps_replayed(tiny_cfg, fused, opts, against):
-    reason = reason_against(tiny_cfg("SOLVER.AMP", "bf16", *opts), fused)
+def test_a_gpu_is_compiled_for_unless_blocks_are_fused_and_steps_replayed(tiny_cfg, fused, replayed, opts, against):
+    reason = reason_against(tiny_cfg(*opts), fused, replayed)
     assert against in reason and bool(reason) is bool(against)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import engine.cuda_graph
 from data import Batch
-from engine.cuda_graph import WARM_UP, ReplayedPass, can_replay
+from engine.cuda_graph import WARM_UP, ReplayedPass, obstacles, recording_stream
 from engine.guard import FiniteGuard
 from engine.parallel import Objective
 from engine.step import TrainStep
@@ -27,10 +27,15 @@ class FakeGraph:
     made: ClassVar[list] = []
 
     def __init__(self):
-        self.replays, self.call = 0, None
+        self.replays, self.call, self.dropped = 0, None, False
         FakeGraph.made.append(self)
 
+    def reset(self):
+        assert not self.dropped
+        self.dropped = True
+
     def replay(self):
+        assert not self.dropped
         self.replays += 1
         run, batch, epoch, (values, output), parameters, grads = self.call
         new_values, new_output = run(batch, epoch)
@@ -49,7 +54,7 @@ class FakeStream:
     """Remembers for whom it waited, and what was made while it was the current one."""
 
     def __init__(self, device=None):
-        self.waited_for = []
+        self.waited_for, self.device = [], device
 
     def wait_stream(self, other):
         self.waited_for.append(other)
@@ -108,7 +113,6 @@ def fake_graphs(monkeypatch, fake_streams):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(engine.step, "ReplayedPass", Watched)
-    monkeypatch.setattr(engine.step, "can_replay", lambda cfg, device, fused: cfg.SOLVER.CUDA_GRAPH)
     return FakeGraph.made
 
 
@@ -127,12 +131,14 @@ def train(cfg, batches, epochs):
     torch.manual_seed(0)
     model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
     guard = FiniteGuard(model, make_optimizer(cfg, model), torch.amp.GradScaler("cpu", enabled=False))
-    step = TrainStep(cfg, Objective(model, make_loss(cfg, 6)), guard)
+    stream = torch.cuda.Stream() if cfg.SOLVER.CUDA_GRAPH else None
+    step = TrainStep(cfg, Objective(model, make_loss(cfg, 6)), guard, stream=stream)
     model.train()
     told = []
     for i, (batch, epoch) in enumerate(zip(batches, epochs, strict=True)):
         values, output = step(batch, epoch, i)
         told.append(values | {name: logits.clone() for name, logits in output.logits.items()})
+    step.close()
     return told, model.state_dict()
 
 
@@ -170,7 +176,7 @@ def test_a_batch_of_another_size_is_recorded_anew(tiny_cfg, fake_graphs):
     batches = [make_batch(i, size) for i, size in enumerate(sizes)]
     plain, _ = train(tiny_cfg("SOLVER.CUDA_GRAPH", "False"), batches, [1] * 7)
     told, _ = train(tiny_cfg(), batches, [1] * 7)
-    assert [graph.replays for graph in fake_graphs] == [1, 2]
+    assert [graph.replays for graph in fake_graphs] == [1, 2] and all(graph.dropped for graph in fake_graphs)
     losses = [[step["loss"].item() for step in steps] for steps in (plain, told)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -179,7 +185,7 @@ def test_the_first_passes_run_on_the_stream_of_the_recording(tiny_cfg, fake_grap
     """Each behind what was under way, and before what follows."""
     cfg = tiny_cfg()
     model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
-    replayed = ReplayedPass(lambda batch, epoch: ({}, fake_streams[-1]), model, make_loss(cfg, 6))
+    replayed = ReplayedPass(lambda batch, epoch: ({}, fake_streams[-1]), model, make_loss(cfg, 6), FakeStream())
     for i in range(1, WARM_UP + 1):
         _, used = replayed(make_batch(0), 1)
         assert used is replayed.stream and used is not fake_streams[-1]
@@ -204,7 +210,7 @@ def test_what_cannot_be_recorded_is_told_with_the_key_that_helps(tiny_cfg, monke
     monkeypatch.setattr(torch.cuda, "graph", recording)
     cfg = tiny_cfg()
     model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
-    replayed = ReplayedPass(waits, model, make_loss(cfg, 6))
+    replayed = ReplayedPass(waits, model, make_loss(cfg, 6), FakeStream())
     replayed.run = lambda batch, epoch: ({}, None)
     for _ in range(WARM_UP):
         replayed(make_batch(0), 1)
@@ -213,26 +219,52 @@ def test_what_cannot_be_recorded_is_told_with_the_key_that_helps(tiny_cfg, monke
         replayed(make_batch(0), 1)
 
 
-CUDA = torch.device("cuda", 0)
+@pytest.mark.parametrize(
+    ("opts", "fused", "idle", "found"),
+    [
+        ((), False, [], []),
+        (("SOLVER.GRAD_CHECKPOINT", "True"), True, [], []),
+        (
+            ("SOLVER.GRAD_CHECKPOINT", "True"),
+            False,
+            [],
+            ["SOLVER.GRAD_CHECKPOINT of blocks that are not fused"],
+        ),
+        (("SOLVER.DETERMINISTIC", "True"), True, [], ["SOLVER.DETERMINISTIC"]),
+        ((), True, ["sdtps.scale"], ["several ranks, and parts that do not learn from the first step on"]),
+    ],
+)
+def test_what_stands_in_the_way_of_a_recording(tiny_cfg, opts, fused, idle, found):
+    assert obstacles(tiny_cfg(*opts), fused, idle) == found
 
 
 @pytest.mark.parametrize(
-    ("opts", "fused", "told"),
+    ("device", "opts", "recorded", "told"),
     [
-        (("SOLVER.GRAD_CHECKPOINT", "True"), False, "SOLVER.GRAD_CHECKPOINT of blocks that are not fused"),
-        (("SOLVER.DETERMINISTIC", "True"), True, "SOLVER.DETERMINISTIC"),
+        ("cuda", (), True, ""),
+        ("cuda", ("SOLVER.DETERMINISTIC", "True"), False, "kernel by kernel, not replayed as a CUDA graph: SOLVER.DET"),
+        ("cuda", ("SOLVER.CUDA_GRAPH", "False"), False, ""),
+        ("cpu", (), False, ""),
     ],
 )
-def test_what_stands_in_the_way_of_a_recording_is_told(tiny_cfg, caplog, opts, fused, told):
-    with caplog.at_level(logging.INFO, "engine.cuda_graph"):
-        assert not can_replay(tiny_cfg(*opts), CUDA, fused)
-    assert caplog.messages and caplog.messages[-1].endswith(told)
+def test_steps_are_replayed_on_cuda_where_asked_for_and_the_log_says_why_not(
+    tiny_cfg, caplog, fake_streams, device, opts, recorded, told
+):
+    class Model:
+        def parameters(self):
+            yield type("Parameter", (), {"device": torch.device(device)})
+
+    cfg = tiny_cfg(*opts, "SOLVER.AMP", "float32")
+    with caplog.at_level(logging.INFO, "engine.cuda_graph"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.cuda_graph, "has_fused_blocks", lambda model, dtype: False)
+        stream = recording_stream(cfg, Model())
+    assert isinstance(stream, FakeStream) is recorded and (stream is None) is not recorded
+    assert told in caplog.text and bool(told) is bool(caplog.messages)
 
 
-def test_steps_are_replayed_on_cuda_alone_and_only_where_asked_for(tiny_cfg, caplog):
-    with caplog.at_level(logging.INFO, "engine.cuda_graph"):
-        assert can_replay(tiny_cfg(), CUDA, False)
-        assert can_replay(tiny_cfg("SOLVER.GRAD_CHECKPOINT", "True"), CUDA, True)
-        assert not can_replay(tiny_cfg(), torch.device("cpu"), False)
-        assert not can_replay(tiny_cfg("SOLVER.CUDA_GRAPH", "False"), CUDA, False)
-    assert not caplog.messages
+def test_of_several_ranks_more_passes_come_before_a_recording(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg()
+    model = make_model(cfg, num_classes=6, num_cameras=2, pretrained=False)
+    for ranks, passes in ((1, 2), (2, 11)):
+        monkeypatch.setattr(engine.cuda_graph, "world_size", lambda ranks=ranks: ranks)
+        assert ReplayedPass(lambda *a: None, model, make_loss(cfg, 6), FakeStream()).warm_up == passes

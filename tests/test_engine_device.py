@@ -1,6 +1,7 @@
 """What the choice of a device sets for the whole process."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -39,3 +40,12 @@ def test_workspace_of_products(own, deterministic, expected):
     seed_everything(1, deterministic=deterministic)
     assert os.environ[KEY] == expected
     assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+def test_products_without_a_workspace_warn_of_nothing():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        spare_workspace()
+        warnings.warn("Requested unified CUBLASLT workspace size of 1048576 bytes exceeds …", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in told] == ["another"]

@@ -82,7 +82,7 @@ def test_probe_tells_the_score_path_from_the_value_path(probe_inputs):
         model, batch, loss_fn = probe_inputs("MODEL.SDTPS_SCORE_GRAD", mode)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         state = torch.get_rng_state()
-        values[mode] = score_gradient_probe(model, batch, loss_fn, epoch=1)
+        values[mode] = {k: v.item() for k, v in score_gradient_probe(model, batch, loss_fn, epoch=1).items()}
         assert model.training and model.sdtps.score_grad == mode
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

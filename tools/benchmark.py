@@ -30,6 +30,7 @@ from yacs.config import CfgNode
 from configs import load_cfg
 from data import Batch, make_dataloader
 from engine.compile import compile_training, should_compile
+from engine.cuda_graph import recording_stream
 from engine.device import autocast_dtype, select_device, spare_workspace
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
@@ -74,9 +75,10 @@ class StepBench:
         guard = FiniteGuard(self.model, make_optimizer(cfg, self.model), scaler)
         start = time.perf_counter()
         parts = self.batch_size // cfg.SOLVER.ACCUMULATION
-        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts)
+        stream = recording_stream(cfg, self.model)
+        self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts, replayed=stream is not None)
         self.compile_seconds = time.perf_counter() - start
-        self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard)
+        self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard, stream=stream)
         self.model.train()
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.prototypes = self._noise(IDS)
@@ -167,7 +169,8 @@ def time_evaluation(cfg: CfgNode, repeats: int) -> Row:
     device = select_device(cfg.MODEL.DEVICE)
     data = make_dataloader(cfg, train=False)
     model = make_model(cfg, num_classes=IDS, num_cameras=data.num_cameras, pretrained=False).to(device).eval()
-    if should_compile(cfg, model, autocast_dtype(cfg.SOLVER.AMP, device)):
+    replayed = recording_stream(cfg, model) is not None  # as in training, which decides
+    if should_compile(cfg, model, autocast_dtype(cfg.SOLVER.AMP, device), replayed):
         compile_regions(model)
     rates = []
     for i in range(repeats + 2):

@@ -196,7 +196,7 @@ def _flops(call: Callable[[], object]) -> int:
 
 def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[str, int], int]:
     """Bytes of a training step, and its micro-batch: the second step, when the optimizer has its state, and before it
-    the probe of an epoch's beginning, which recomputes nothing."""
+    an epoch's probe, which recomputes nothing."""
     s = cfg.SOLVER
     batch, half = s.IMS_PER_BATCH // s.ACCUMULATION, s.AMP != "float32"
     optimizer, loss_fn = make_optimizer(cfg, model), make_loss(cfg, classes)

@@ -122,7 +122,7 @@ class _Score(torch.autograd.Function):
         of_b1, of_w2, of_b2 = sums.sum(1)[..., : ctx.hidden].unbind(1)
         of_w1 = weight_gradients(of_before, v.flatten(1, 2), torch.float32)[:, : ctx.hidden]
         of_g = None if of_g is None else of_g.sum(0).transpose(0, 1)
-        return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0], *[None] * 4
+        return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0].contiguous(), *[None] * 4
 
 
 class _Part(torch.autograd.Function):
