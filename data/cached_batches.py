@@ -114,7 +114,7 @@ class CachedBatches:
             stream.wait_event(staged.arrived)
             for tensor in staged.tensors:
                 tensor.record_stream(stream)  # its memory is not reused before this stream is done with it
-        images = self.transform(pixels.transpose(0, 1).contiguous(), *drawn)  # one block a modality
+        images = self.transform(pixels.transpose(0, 1), *drawn)  # one block a modality
         pid, camid, sceneid, index = ids[:4]
         present = None if self.complete else ids[4:].T.bool()
         if present is not None:

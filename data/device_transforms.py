@@ -4,15 +4,17 @@ The random numbers are drawn on the host, a few per image; the pixels never leav
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.kernels import can_launch, proven
 from utils.modalities import MODALITIES
 
+from .device_kernel import prepare
 from .transforms import ERASED_AREA, TrainTransform, normalize
 
 ATTEMPTS = 10
@@ -24,19 +26,48 @@ TAPE_STARTS = 2**22
 """Places of the noise tape at which an image may begin to read."""
 
 
-class DeviceNormalize(nn.Module):
-    """`normalize` with its constants on the device: (..., 3, H, W) uint8 to float32."""
+class _OnDevice(nn.Module):
+    """What a kernel does in the place of torch's operations, where it has shown once that it has their bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_kernel: dict[torch.device, bool] = {}
+
+    def _fastest(self, kernel: Callable[[], Tensor], written: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """What both compute."""
+
+        def differs() -> dict[str, tuple[float, float]]:
+            return {"a pixel": (0.0 if torch.equal(kernel(), written()) else math.inf, 0.0)}
+
+        if device not in self.by_kernel:
+            self.by_kernel[device] = can_launch(device) and proven(differs, "batches are made more slowly")
+        return (kernel if self.by_kernel[device] else written)()
+
+
+class DeviceNormalize(_OnDevice):
+    """`normalize` with its constants on the device: (M, B, 3, H, W) uint8 to float32, contiguous."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        self.register_buffer("values", torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self._fastest(
+            lambda: prepare(pixels, self.levels()), lambda: self.as_written(pixels.contiguous()), pixels.device
+        )
+
+    def as_written(self, pixels: Tensor) -> Tensor:
+        """By torch's operations, (..., 3, H, W)."""
         return normalize(pixels, self.mean, self.std)
 
+    def levels(self) -> Tensor:
+        """(3, 256): what becomes of each value in each channel."""
+        return self.as_written(self.values).squeeze(1)
 
-class DeviceAugment(nn.Module):
+
+class DeviceAugment(_OnDevice):
     """Random flip, zero padding and random crop, normalisation, random erasing: `TrainTransform`'s distribution.
 
     What happens to a triple is a pure function of the seed, the epoch and the triple's position in it, whatever the
@@ -89,12 +120,21 @@ class DeviceAugment(nn.Module):
         return torch.from_numpy(np.stack(drawn))
 
     def forward(self, pixels: Tensor, drawn: Tensor) -> Tensor:
-        """pixels (M, B, 3, H, W) uint8 and `draw`'s table, both on the device -> (M, B, 3, H, W) float32."""
+        """pixels (M, B, 3, H, W) uint8, each image contiguous, and `draw`'s table, both on the device -> float32 of the
+        same shape, contiguous."""
+        return self._fastest(
+            lambda: prepare(pixels, self.normalize.levels(), drawn, self.tape, self.like.padding),
+            lambda: self.as_written(pixels.contiguous(), drawn),
+            pixels.device,
+        )
+
+    def as_written(self, pixels: Tensor, drawn: Tensor) -> Tensor:
+        """`forward` by torch's operations."""
         flip, crop_top, crop_left, erase_top, erase_left, erase_height, erase_width, start = drawn.flatten(1)
         crops = flip_and_crop(pixels.flatten(0, 1), flip.bool(), crop_top, crop_left, self.like.padding)
         inside = rectangles(erase_top, erase_left, erase_height, erase_width, self.like.size)
         noise = self.tape.unfold(0, self.window, 1)[start].view(crops.shape)
-        return torch.where(inside[:, None], noise, self.normalize(crops)).view(pixels.shape)
+        return torch.where(inside[:, None], noise, self.normalize.as_written(crops)).view(pixels.shape)
 
 
 def flip_and_crop(images: Tensor, flip: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:

@@ -6,10 +6,10 @@ import logging
 import torch
 from torch import Tensor
 
-from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.selection import has_kernels, part_patches, score_patches
 from modeling.precision import matmul_precision
 from modeling.sdtps import NORM_FLOOR, RANGE_FLOOR, SDTPS, Choice, Selection, fuse_dropped, gather_tokens
+from utils.kernels import can_launch, compare, proven
 
 log = logging.getLogger(__name__)
 

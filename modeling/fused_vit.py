@@ -23,13 +23,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from modeling.block_parts import DropPath, Recomputed
-from modeling.kernels import can_launch, compare, proven
 from modeling.kernels.activation import activated_linear, has_kernel
 from modeling.kernels.attention import prefix_for, tiled_attention
 from modeling.kernels.biases import tied_biases
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import halves, linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, norm_for
+from utils.kernels import can_launch, compare, proven
 
 ACTIVATIONS_KEPT = 0.5
 """Share of the blocks, the last ones, that keep what comes out of their activation: six of twelve take 0.85 GiB for 192

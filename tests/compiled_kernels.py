@@ -1,4 +1,4 @@
-"""Compiles the kernels that a step of ViT-B/16 launches, for an architecture and without a card.
+"""Compiles the kernels that a batch and a step of ViT-B/16 launch, for an architecture and without a card.
 
 python -m tests.compiled_kernels 80 [attention ...]     all kernels, or those of some files; one line each: its name and
                                                         the shared memory that it takes, in bytes
@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from data import device_kernel
 from modeling import fused_vit
 from modeling.fused_sdtps import FusedSDTPS
 from modeling.kernels import activation, attention, biases, embedding, linear, residual, selection
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 def launches() -> dict[str, tuple[Any, tuple, dict]]:
@@ -31,7 +38,7 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
         if options.get("ADD", True):  # between a branch and a norm a kernel does all that it can
             seen.setdefault(name, (kernel, args, options))
 
-    for module in (activation, attention, biases, embedding, linear, residual, selection):
+    for module in (activation, attention, biases, device_kernel, embedding, linear, residual, selection):
         module.launch = remember
     selection.launch_that_fits = remember
     blocks = nn.ModuleList([Block(768, 12, qkv_bias=True, act_layer=QuickGELU) for _ in range(2)])
@@ -46,6 +53,8 @@ def launches() -> dict[str, tuple[Any, tuple, dict]]:
     scores, _, v = sdtps.score_by_kernels(v, g)
     kept, fused = selection.part_patches(v, scores, torch.zeros_like(scores, dtype=torch.long), 64)
     (kept.sum() + fused.sum()).backward()
+    pixels, draws = torch.zeros(3, 2, 3, 256, 128, dtype=torch.uint8), torch.zeros(8, 3, 2, dtype=torch.long)
+    device_kernel.prepare(pixels, torch.zeros(3, 256), draws, torch.zeros(2**20), 10)
     return seen
 
 

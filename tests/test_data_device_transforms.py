@@ -6,8 +6,11 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 
+from data import device_transforms
+from data.device_kernel import prepare
 from data.device_transforms import TAPE_STARTS, DeviceAugment, DeviceNormalize
 from data.transforms import ERASED_AREA, TrainTransform, normalize, seeded
+from utils.kernels import triton
 
 H, W, PAD = 40, 20, 6
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
@@ -51,6 +54,40 @@ def test_a_batch_is_what_each_image_alone_would_be(padding, sync):
         for i in range(50):
             expected = one_image(pixels[m, i], transform.tape, padding, *table[:, m, i].tolist())
             assert torch.equal(result[m, i], expected)
+
+
+@pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("size", [(H, W), (33, 32)])
+def test_the_kernel_has_the_bits_of_torch_s_operations(size, together):
+    """Under Triton's interpreter; also where a sample's modalities lie side by side, as they come from the cache."""
+    transform = augment(size)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 12, 3, *size), dtype=np.uint8))
+    pixels = pixels if together else pixels.transpose(0, 1).contiguous().transpose(0, 1)
+    table = transform.draw(3, range(12))
+    assert table[0].any() and table[5].any() and not table[0].all()
+    found = prepare(pixels, transform.normalize.levels(), table, transform.tape, PAD)
+    assert found.is_contiguous() and torch.equal(found, transform.as_written(pixels.contiguous(), table))
+    plain = prepare(pixels, transform.normalize.levels())
+    assert plain.is_contiguous() and torch.equal(plain, transform.normalize.as_written(pixels))
+
+
+def test_a_kernel_is_used_where_it_has_the_same_bits_and_the_log_says_where_not(monkeypatch, caplog):
+    pixels = torch.randint(0, 256, (3, 2, 3, H, W), dtype=torch.uint8)
+    monkeypatch.setattr(device_transforms, "can_launch", lambda device: True)
+    expected, calls = DeviceNormalize(MEAN, STD).as_written(pixels), []
+    for wrong in (0.0, 1e-6):
+
+        def kernel(pixels, levels, wrong=wrong):
+            calls.append(wrong)
+            return expected.clone() + wrong
+
+        monkeypatch.setattr(device_transforms, "prepare", kernel)
+        normalize = DeviceNormalize(MEAN, STD)
+        for _ in range(3):
+            assert torch.equal(normalize(pixels), expected)
+    assert calls == [0.0] * 4 + [1e-6]
+    assert caplog.messages == ["batches are made more slowly: a pixel differs by inf"]
 
 
 def test_normalisation_has_the_same_bits_as_on_the_host():

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from modeling import fused_sdtps, kernels
+from modeling import fused_sdtps
 from modeling.fused_sdtps import FusedSDTPS, can_fuse, kernels_agree, relative_errors
-from modeling.kernels import selection, triton
+from modeling.kernels import selection
 from modeling.sdtps import NORM_FLOOR, SDTPS
+from utils import kernels
+from utils.kernels import triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
 

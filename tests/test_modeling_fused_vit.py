@@ -13,8 +13,9 @@ from modeling import fused_vit
 from modeling.backbone import Backbone
 from modeling.block_parts import use_drop_path
 from modeling.fused_vit import Kind, can_embed, kernels_agree, kind_of, relative_errors, run_blocks
-from modeling.kernels import activation, linear, residual, triton
+from modeling.kernels import activation, linear, residual
 from modeling.kernels.residual import Kept, draw_kept
+from utils.kernels import triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling import fused_vit
-from modeling.kernels import triton
 from modeling.pooling import POOLS, TOKEN_POOLS, make_pool, make_token_pool
+from utils.kernels import triton
 
 M, B, T, C = 3, 4, 5, 16
 

@@ -2,7 +2,7 @@
 
     python -m tools.benchmark                              every row that this machine can measure
     python -m tools.benchmark --rows step evaluation       some of them
-    python -m tools.benchmark --rows run ranks --ranks 2   one card against two
+    python -m tools.benchmark --rows run ranks "ranks, step" --ranks 2      one card against two
     python -m tools.benchmark --profile                    the kernels of a step, by the time they take
 
 Each row has a process of its own. Steps and the gallery use random data of the config's shapes, evaluation and runs the
@@ -34,15 +34,16 @@ from engine.cuda_graph import recording_stream
 from engine.device import autocast_dtype, select_device, spare_workspace
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
-from engine.parallel import Objective
+from engine.launch import join_ranks, launch
+from engine.parallel import Objective, parallel
 from engine.step import TrainStep
 from modeling import fused_vit, make_model
-from modeling.kernels import can_launch
 from modeling.regions import compile_regions
 from solver import make_loss, make_optimizer
-from utils.cli import run
+from utils.distributed import is_launched, is_main, rank, world_size
 from utils.errors import UserError
 from utils.files import save_text
+from utils.kernels import can_launch
 from utils.logging import read_metrics, setup_logging
 from utils.metrics import rank_features
 from utils.modalities import MODALITIES
@@ -62,7 +63,7 @@ Row = dict[str, Any]
 
 
 class StepBench:
-    """A training step on random batches, as `engine.do_train` makes it."""
+    """A training step on random batches, as `engine.do_train` makes it. Each rank has the config's batch."""
 
     def __init__(self, cfg: CfgNode):
         self.device = select_device(cfg.MODEL.DEVICE)
@@ -78,9 +79,10 @@ class StepBench:
         stream = recording_stream(cfg, self.model)
         self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts, replayed=stream is not None)
         self.compile_seconds = time.perf_counter() - start
-        self.step = TrainStep(cfg, Objective(self.model, self.loss_fn), guard, stream=stream)
+        objective = parallel(Objective(self.model, self.loss_fn), stream=stream)
+        self.step = TrainStep(cfg, objective, guard, stream=stream)
         self.model.train()
-        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.generator = torch.Generator(self.device).manual_seed(rank())
         self.prototypes = self._noise(IDS)
 
     def batch(self) -> Batch:
@@ -109,7 +111,7 @@ def time_steps(cfg: CfgNode, repeats: int) -> Row:
     bench.prototypes = bench.prototypes[:0]
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # not later: memory within a CUDA graph is counted while it is recorded
-    for i in range(5):
+    for i in range(5 if world_size() == 1 else 15):  # until steps are replayed
         bench.step(batches[i % 4], 1, i)
     bench.synchronize()
     rates = []
@@ -118,10 +120,11 @@ def time_steps(cfg: CfgNode, repeats: int) -> Row:
         for i in range(STEPS):
             bench.step(batches[i % 4], 1, i)
         bench.synchronize()
-        rates.append(STEPS * bench.batch_size / (time.perf_counter() - start))
+        rates.append(STEPS * bench.batch_size * world_size() / (time.perf_counter() - start))
     row = {"compiled": bench.compiled, "compile_s": round(bench.compile_seconds, 1)}
     if bench.device.type == "cuda":
         row["waits"] = _count_waits(lambda: bench.step(batches[0], 1, STEPS))
+    bench.step.close()
     return _spread(rates, "samples/s") | _peak(bench.device) | row
 
 
@@ -240,9 +243,26 @@ def time_run(cfg: CfgNode, repeats: int, command: list[str] | None = None, opts:
 
 def time_ranks(cfg: CfgNode, repeats: int, ranks: int) -> Row:
     """`time_run` on several cards, each with the config's batch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     batch = ("SOLVER.IMS_PER_BATCH", str(ranks * cfg.SOLVER.IMS_PER_BATCH))
-    return time_run(cfg, repeats, command, batch) | {"ranks": ranks}
+    return time_run(cfg, repeats, _by_ranks(ranks), batch) | {"ranks": ranks}
+
+
+def time_steps_of_ranks(cfg: CfgNode, repeats: int, ranks: int) -> Row:
+    """`time_steps` on several cards, each with the config's batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, result = Path(folder) / "config.yml", Path(folder) / "row.json"
+        config.write_text(cfg.dump())
+        options = ["--config_file", str(config), "--repeats", str(repeats), "--row", "step", "--json", str(result)]
+        command = [*_by_ranks(ranks), "-m", "tools.benchmark", *options]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            raise UserError(f"the ranks failed:\n{process.stderr.strip()[-1500:]}")
+        return json.loads(result.read_text()) | {"ranks": ranks}
+
+
+def _by_ranks(ranks: int) -> list[str]:
+    """The command that starts something in that many processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
 
 
 def profile_step(cfg: CfgNode, lines: int = 40) -> str:
@@ -282,6 +302,7 @@ ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
     "gallery": (rank_gallery, ()),
     "run": (time_run, ()),
     "ranks": (time_ranks, ()),
+    "ranks, step": (time_steps_of_ranks, ()),
 }
 """Name -> what measures it, and how its config differs."""
 
@@ -295,10 +316,14 @@ def main(args: argparse.Namespace) -> None:
     if args.row:  # the process of one row
         measure, opts = ROWS[args.row]
         cfg = load_cfg(args.config_file, [*RANDOM_WEIGHTS, *opts, *args.opts])
-        extra = {"ranks": args.ranks} if args.row == "ranks" else {}
-        save_text(json.dumps(measure(cfg, args.repeats, **extra)), Path(args.json))
+        if is_launched():
+            join_ranks(select_device(cfg.MODEL.DEVICE), cfg.SOLVER.RANK_TIMEOUT)
+        extra = {"ranks": args.ranks} if args.row.startswith("ranks") else {}
+        found = measure(cfg, args.repeats, **extra)
+        if is_main():
+            save_text(json.dumps(found), Path(args.json))
         return
-    names = args.rows or [name for name in ROWS if name != "ranks" or args.ranks > 1]
+    names = args.rows or [name for name in ROWS if not name.startswith("ranks") or args.ranks > 1]
     if unknown := [name for name in names if name not in ROWS]:
         raise UserError(f"--rows: there is no {unknown[0]!r}; there are {', '.join(map(repr, ROWS))}.")
     report = {"machine": machine(), "config": args.config_file, "opts": args.opts, "rows": {}}
@@ -363,11 +388,11 @@ if __name__ == "__main__":
     parser.add_argument("--config_file", default="configs/sample/vit_b_finetune.yml", metavar="FILE")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"some of: {', '.join(map(repr, ROWS))}")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median is told; epochs of a run")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="processes of the row `ranks`")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="processes of the rows `ranks`")
     parser.add_argument("--json", default="", metavar="FILE", help="write everything there")
     parser.add_argument("--profile", action="store_true", help="the kernels of a step, nothing else")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="override keys of the config")
     arguments = parser.parse_intermixed_args()
-    sys.exit(run(lambda: main(arguments), arguments.debug))
+    sys.exit(launch(lambda: main(arguments), arguments.debug))

@@ -55,7 +55,7 @@ class ImagesToFeatures(nn.Module):
 
     def forward(self, RGB: Tensor, NI: Tensor, TI: Tensor, present: Tensor) -> Tensor:
         """Images uint8 (B, 3, H, W), present bool (B, 3) -> (B, D) float32."""
-        images = {m: self.normalize(x) for m, x in zip(MODALITIES, (RGB, NI, TI), strict=True)}
+        images = {m: self.normalize.as_written(x) for m, x in zip(MODALITIES, (RGB, NI, TI), strict=True)}
         feature = self.model(images, None, present).features[self.branch]
         return F.normalize(feature, dim=-1) if self.unit_length else feature
 

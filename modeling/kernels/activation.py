@@ -14,8 +14,8 @@ from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
 from modeling.kernels.linear import sum_parts, weight_gradient
+from utils.kernels import launch, tl, triton
 
 if triton is not None:
     from modeling.kernels.linear import tile_of

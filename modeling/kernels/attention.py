@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
+from utils.kernels import launch, tl, triton
 
 log = logging.getLogger(__name__)
 

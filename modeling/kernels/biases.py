@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
+from utils.kernels import launch, tl, triton
 
 TILE = {"R": 64, "C": 32}
 """Rows of a weight that a program takes at a time, and its columns."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
+from utils.kernels import launch, tl, triton
 
 if triton is not None:
     from modeling.kernels.residual import row_at

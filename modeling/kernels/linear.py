@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
+from utils.kernels import launch, tl, triton
 
 SUM = {"ROWS": 128, "C": 256, "R": 16}
 """Rows and columns that a program sums up, and the rows that it takes at a time."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, tl, triton
 from modeling.kernels.linear import sum_parts
+from utils.kernels import launch, tl, triton
 
 PROGRAMS = 8
 """Programs of the backward pass on each multiprocessor, each with sums of its own."""

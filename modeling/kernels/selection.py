@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling.kernels import launch, launch_that_fits, tl, triton
 from modeling.kernels.linear import weight_gradients
+from utils.kernels import launch, launch_that_fits, tl, triton
 
 if triton is not None:
     from modeling.kernels.activation import activate
