@@ -78,16 +78,17 @@ class Diagnosis:
     Args:
         cfg: the resolved config; tells which figures are on purpose.
         loss_fn: tells the weights of the heads and the loss of a network that knows nothing.
+        step: the global step after which this process begins; where a run is resumed, its figures begin anew.
     """
 
-    def __init__(self, cfg: CfgNode, loss_fn: ReIDLoss):
+    def __init__(self, cfg: CfgNode, loss_fn: ReIDLoss, step: int = 0):
         self.cfg, self.loss_fn = cfg, loss_fn
         self.told: dict[str, int] = {}  # rule -> epoch in which it was told last
         # random weights need the whole warm-up to come to anything, and their tokens are much alike until then
         self.patience = 0 if cfg.MODEL.PRETRAINED else max(0, cfg.SOLVER.WARMUP_ITERS - 1)
         self.first: dict[str, float] = {}  # name -> the first value seen of what is compared with its start
-        self.first_step: int | None = None  # of this process: a resumed run begins anew
-        self.epoch, self.step, self.epoch_step = -1, 0, 0
+        self.epoch, self.step = -1, step
+        self.first_step = self.epoch_step = step  # before the process, and before the epoch under way
         self.skipped = self.epoch_skipped = 0.0
         self.rules: dict[str, Callable[[dict[str, float]], Iterator[Finding]]] = {
             "probe": self._probe,
@@ -105,10 +106,8 @@ class Diagnosis:
             epoch: from 1; 0 is the evaluation before training.
             values: name -> number.
         """
-        if self.first_step is None:
-            self.first_step = step
         if epoch != self.epoch:
-            self.epoch, self.epoch_step, self.epoch_skipped = epoch, step, self.skipped
+            self.epoch, self.epoch_step, self.epoch_skipped = epoch, self.step, self.skipped
         self.step = step
         found = [*_non_finite(values), *(self.rules[kind](values) if kind in self.rules else ())]
         fresh = []

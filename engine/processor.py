@@ -20,16 +20,16 @@ from engine.diagnosis import DiagnosingWriter, Diagnosis
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
 from engine.guard import FiniteGuard
 from engine.interrupt import StopRequest
-from engine.meters import Meters
-from engine.monitor import score_gradient_probe, selection_statistics
+from engine.monitor import score_gradient_probe
 from engine.output import LAST, METRICS_FILE, open_output_dir
 from engine.parallel import Objective, idle_parameters, parallel
+from engine.progress import Progress
 from engine.step import TrainStep
 from modeling import ReIDModel
 from modeling.regions import compile_regions, uncompiled
 from solver.make_loss import ReIDLoss
 from solver.scheduler import CosineSchedule, DemoSchedule
-from utils.distributed import average, barrier, from_main, is_main, rank, world_size
+from utils.distributed import barrier, from_main, is_main, rank, world_size
 from utils.errors import Interrupted
 from utils.logging import MetricsWriter, setup_logging
 from utils.seed import rank_seed, seed_everything
@@ -80,8 +80,7 @@ def do_train(
     dtype = autocast_dtype(s.AMP, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     ema = ModelEmaV3(model, decay=s.EMA_DECAY) if s.EMA_DECAY > 0 else None
-    epoch_meters, window_meters = Meters(), Meters()
-    state = TrainState(cfg, model, optimizer, scaler, ema, data.identities, meters=epoch_meters)
+    state = TrainState(cfg, model, optimizer, scaler, ema, data.identities)
     if rank() > 0:
         seed_everything(rank_seed(s.SEED, 0, rank()))
     account = state.restore(start) if start else ""  # refuses what does not fit before the folder is touched
@@ -92,7 +91,9 @@ def do_train(
         log.info(account)
         state.best = from_main(lambda: state.keep_copies(start, out))
     guard = FiniteGuard(model, optimizer, scaler)
-    writer = DiagnosingWriter(out, Diagnosis(cfg, loss_fn), resume_step=state.global_step + 1 if start else None)
+    diagnosis = Diagnosis(cfg, loss_fn, state.global_step)
+    writer = DiagnosingWriter(out, diagnosis, resume_step=state.global_step + 1 if start else None)
+    progress = Progress(cfg, scheduler, guard, writer, state.meters, device)
 
     def evaluate_now(epoch: int) -> dict:
         network = ema.module if ema else model
@@ -131,43 +132,18 @@ def do_train(
             steps = len(train_loader)
             batches, quiet = train_loader.batches(device), None if is_main() else True
             bar = tqdm(batches, desc=f"epoch {epoch}", initial=state.step, total=steps, leave=False, disable=quiet)
-            begin = clock = time.perf_counter()
-            clock_step, probe = state.step, {}
+            begin = time.perf_counter()
+            progress.begin(epoch, steps, state.step)
 
             for step, batch in enumerate(bar, state.step + 1):
                 if step == min(PROBE_STEP, steps):
-                    probe = score_gradient_probe(model, batch.part(0, PROBE_SAMPLES), loss_fn, epoch, dtype)
+                    progress.probe = score_gradient_probe(model, batch.part(0, PROBE_SAMPLES), loss_fn, epoch, dtype)
                 scheduler.step(epoch - 1 + (step - 1) / steps)
                 state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1
                 values, output = train_step(batch, epoch, state.global_step)
-                epoch_meters.update(values)
-                window_meters.update(values)
-                stop_signal = stop.agreed()
-
-                # every LOG_PERIOD steps: read back and tell
-                if step % s.LOG_PERIOD == 0 or step == steps:
-                    guard.raise_if_bad()
-                    if probe:
-                        writer.scalars(state.global_step, epoch, probe, kind="probe")
-                        probe = {}
-                    scalars = window_meters.read() | {f"lr/{name}": lr for name, lr in scheduler.rates().items()}
-                    if output.selection is not None:
-                        scalars |= average(selection_statistics(output.selection))
-                    seconds = time.perf_counter() - clock
-                    scalars["samples_per_second"] = (step - clock_step) * s.IMS_PER_BATCH / seconds
-                    clock, clock_step = time.perf_counter(), step
-                    if device.type == "cuda":
-                        scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-                    if scaler.is_enabled():
-                        scalars |= {"scale": scaler.get_scale(), "skipped_steps": float(guard.skipped)}
-                    writer.scalars(state.global_step, epoch, scalars, kind="train")
-                    mean = epoch_meters.read()
-                    log.info(
-                        f"Epoch[{epoch}] Iteration[{step}/{steps}] Loss: {mean['loss']:.3f}, "
-                        f"Acc: {mean['acc']:.3f}, Base Lr: {scheduler.rates()['heads']:.2e}"
-                    )
-                    window_meters.reset()
-                if stop_signal is not None:
+                progress.update(step, state.global_step, values, output)
+                if (stop_signal := stop.agreed()) is not None:
+                    progress.tell()
                     guard.raise_if_bad()
                     state.save(files, out / LAST)
                     files.finish()
@@ -178,11 +154,8 @@ def do_train(
                     )
 
             # the epoch is over: evaluate, save
-            mean = epoch_meters.read()
-            log.info(f"Epoch {epoch} done. Loss: {mean['loss']:.3f}, Acc: {mean['acc']:.3f}")
-            writer.scalars(state.global_step, epoch, mean, kind="epoch")
+            progress.end(state.global_step)
             trained = time.perf_counter()
-            epoch_meters.reset()
             state.epoch, state.step = epoch, 0
             copies = [out / f"{cfg.MODEL.NAME}_{epoch}.pth"] if epoch % s.CHECKPOINT_PERIOD == 0 else []
             if epoch % s.EVAL_PERIOD == 0 or epoch == s.MAX_EPOCHS:

@@ -257,11 +257,10 @@ def test_figures_against_their_start(diagnose):
 def test_skipped_steps_beyond_the_search_for_a_scale(diagnose):
     """20 of 62 steps, of which a run may spend 16 to find its scale: 4 is more than one in 20; later, none is free."""
     doctor = diagnose()
-    doctor("probe", 0, 1, {})
     assert doctor("train", 62, 1, {"skipped_steps": 19.0, "scale": 1.0}) == []
     (finding,) = doctor("train", 62, 1, {"skipped_steps": 20.0, "scale": 1.0})
     assert finding.rule == "skipped_steps" and finding.message.startswith("20 of the 62 steps")
-    doctor("probe", 62, 2, {})
+    assert doctor("train", 72, 2, {"skipped_steps": 20.0, "scale": 1.0}) == []
     assert doctor("train", 122, 2, {"skipped_steps": 23.0, "scale": 1.0}) == []
     (finding,) = doctor("train", 122, 2, {"skipped_steps": 24.0, "scale": 1.0})
     assert finding.message.startswith("4 of the 60 steps")

@@ -78,10 +78,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def average(values: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the ranks of 0-d tensors, read back in one transfer."""
+def average(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the ranks of 0-d tensors, in one message; the host does not wait for the device."""
+    if world_size() == 1:
+        return values
     total = sum_over_ranks(torch.stack([value.float() for value in values.values()]))
-    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+    return dict(zip(values, (total / world_size()).unbind(), strict=True))
 
 
 def any_rank(flags: Tensor) -> Tensor:
