@@ -217,7 +217,8 @@ KEYS: dict[str, dict[str, Key]] = {
         "CUDA_GRAPH": Key(
             True,
             "on CUDA, replay forward and backward pass as one recorded graph, so that a slow host costs no time; not "
-            "with several ranks, DETERMINISTIC, or GRAD_CHECKPOINT of blocks that are not fused",
+            "with DETERMINISTIC, GRAD_CHECKPOINT of blocks that are not fused, or several ranks where parts do not "
+            "learn from the first step on (SDTPS_WARMUP_EPOCHS)",
         ),
         "GRAD_CLIP": Key(0.0, "clip the norm of the gradient to this; 0 is off", within=_NOT_NEGATIVE),
         "ACCUMULATION": Key(1, "micro-batches in which a batch is computed, to save memory", within=_COUNT),

@@ -19,7 +19,7 @@ def prepare(
     """Augments where there are draws, and normalises.
 
     Args:
-        pixels: (M, B, 3, H, W) uint8, each image contiguous; the images may lie in any order.
+        pixels: (M, B, 3, H, W) uint8; copied, unless each image is contiguous, wherever the images lie.
         levels: (3, 256) float32, what becomes of a pixel's value in each channel.
         drawn, tape, padding: of `DeviceAugment`.
 
@@ -27,6 +27,7 @@ def prepare(
         (M, B, 3, H, W) float32, contiguous.
     """
     modalities, batch, _, height, width = pixels.shape
+    pixels = pixels if pixels.stride()[2:] == (height * width, width, 1) else pixels.contiguous()
     out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     grid = (modalities * batch * 3 * triton.cdiv(height, ROWS),)
     sizes = {"H": height, "W": width, "COLUMNS": triton.next_power_of_2(width), "R": ROWS, "AUGMENT": drawn is not None}
@@ -59,7 +60,7 @@ if triton is not None:
         """Some rows of one channel of one image a program."""
         parts: tl.constexpr = (H + R - 1) // R
         program = tl.program_id(0)
-        image, c = program // (3 * parts), program // parts % 3
+        image, c = (program // (3 * parts)).to(tl.int64), program // parts % 3
         y, x = ((program % parts) * R + tl.arange(0, R))[:, None], tl.arange(0, COLUMNS)[None, :]
         inside = (y < H) & (x < W)
         pixels += (image // batch) * of_modality + (image % batch) * of_sample + c * H * W
@@ -79,4 +80,4 @@ if triton is not None:
             erased = inside & erased & (right >= 0) & (right < tl.load(drawn + 6 * images))
             noise = tl.load(tape + tl.load(drawn + 7 * images) + at, mask=erased, other=0.0)
             result = tl.where(erased, noise, result)
-        tl.store(out + image.to(tl.int64) * 3 * H * W + at, result, mask=inside)
+        tl.store(out + image * 3 * H * W + at, result, mask=inside)

@@ -120,8 +120,7 @@ class DeviceAugment(_OnDevice):
         return torch.from_numpy(np.stack(drawn))
 
     def forward(self, pixels: Tensor, drawn: Tensor) -> Tensor:
-        """pixels (M, B, 3, H, W) uint8, each image contiguous, and `draw`'s table, both on the device -> float32 of the
-        same shape, contiguous."""
+        """pixels (M, B, 3, H, W) uint8 and `draw`'s table, on the device -> float32 of the same shape, contiguous."""
         return self._fastest(
             lambda: prepare(pixels, self.normalize.levels(), drawn, self.tape, self.like.padding),
             lambda: self.as_written(pixels.contiguous(), drawn),

@@ -136,7 +136,8 @@ def score_gradient_probe(
     tensors on the device.
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
-    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
+    detached; it changes no weight, no batch statistics and no gradient of the caller. It checkpoints the backbone, as a
+    recorded step keeps its own memory beside it. Empty if the branch does not
     train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that float32
     takes its place. Of several ranks, each looks at its own samples alone.
     """
@@ -145,7 +146,9 @@ def score_gradient_probe(
     if model.sdtps is None or not parameters or loss_fn.branch_weight("sdtps", epoch) == 0:
         return {}
     score_grad, training, gradients = model.sdtps.score_grad, model.training, []
+    checkpointed = model.backbone.grad_checkpointing
     model.eval()
+    model.backbone.set_grad_checkpointing(True)
     try:
         for mode in (score_grad, "none"):
             model.sdtps.score_grad = mode
@@ -160,6 +163,7 @@ def score_gradient_probe(
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
     finally:
         model.sdtps.score_grad = score_grad
+        model.backbone.set_grad_checkpointing(checkpointed)
         model.train(training)
     total, value = gradients
     score = [t - v for t, v in zip(total, value, strict=True)]

@@ -143,8 +143,8 @@ def do_train(
                 values, output = train_step(batch, epoch, state.global_step)
                 progress.update(step, state.global_step, values, output)
                 if (stop_signal := stop.agreed()) is not None:
-                    progress.tell()
                     guard.raise_if_bad()
+                    progress.leave(state.global_step)
                     state.save(files, out / LAST)
                     files.finish()
                     raise Interrupted(

@@ -123,6 +123,13 @@ class Progress:
             f"Acc: {mean['acc']:.3f}, Base Lr: {look.known['lr/heads']:.2e}"
         )
 
+    def leave(self, global_step: int) -> None:
+        """The run stops within the epoch: tells what was seen and not told, the probe too."""
+        self.tell()
+        if self.probe:
+            self.writer.scalars(global_step, self.epoch, Readout({"probe": self.probe}).read()["probe"], kind="probe")
+            self.probe = {}
+
     def end(self, global_step: int) -> None:
         """The epoch is over: tells its means."""
         self.tell()

@@ -193,7 +193,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, with a norm behind them if one is given, or in
         groups of equal size so that few compile."""
-        blocks, again = tuple(self.vit.blocks[first:last]), self.grad_checkpointing and self.training
+        blocks, again = tuple(self.vit.blocks[first:last]), self.grad_checkpointing and torch.is_grad_enabled()
         kept = fused_vit.draw_branches(blocks, tokens) if fused else []  # no random state is needed to compute it again
         group = len(blocks) if fused else group_size(self.split_after, len(self.vit.blocks))
         size = 1 if self.grad_checkpointing else group
@@ -289,7 +289,7 @@ class Backbone(nn.Module):
         self.split_after = after
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the input of each block and compute the rest again in the backward pass."""
+        """Where there will be a backward pass, keep only the input of each block and compute the rest again in it."""
         self.grad_checkpointing = enable
 
 

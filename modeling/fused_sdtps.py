@@ -84,7 +84,7 @@ def relative_errors(
 ) -> dict[str, tuple[float, float]]:
     """The largest errors of scores, parted patches and gradients, by name, of a random SDTPS on random patches: by the
     kernels, and by `SDTPS` on the same. What is expected is `SDTPS` on these patches in float32; see
-    `modeling.kernels.compare`.
+    `utils.kernels.compare`.
 
     Args:
         dtype: of the patches.

@@ -184,9 +184,13 @@ def _prepare(blocks: Sequence[Any], dtype: torch.dtype) -> list[_Prepared]:
     has_bias = biases[0] is not None
     kinds = [[layer.weight for layer in kind] for kind in layers] + ([biases] if has_bias else [])
     qkv, proj, fc1, fc2, *qkv_biases = halves(kinds, dtype)
-    queries = [None] * len(blocks)
-    if has_bias:
-        queries, proj_biases = tied_biases(biases, proj_biases, proj)
+    queries: list[Tensor | None] = [None] * len(blocks)
+    trained = [i for i, bias in enumerate(biases) if bias is not None and bias.requires_grad]
+    if trained:  # blocks that are frozen stay out of the backward pass
+        own = proj if len(trained) == len(blocks) else proj[trained]
+        tied = tied_biases([biases[i] for i in trained], [proj_biases[i] for i in trained], own)
+        for i, query, bias in zip(trained, *tied, strict=True):
+            queries[i], proj_biases[i] = query, bias
     of_qkv = list(zip(qkv, qkv_biases[0] if has_bias else queries, strict=True))
     return [_Prepared(*parts) for parts in zip(of_qkv, proj, fc1, fc2, queries, proj_biases, strict=True)]
 
@@ -234,7 +238,7 @@ def relative_errors(
 ) -> dict[str, tuple[float, float]]:
     """The largest errors of the output and of every gradient, by name, of a random ViT of three blocks, of which some
     images skip branches: by the kernels, and by timm's own modules in the same precision. What is expected are timm's
-    in float32; see `modeling.kernels.compare`.
+    in float32; see `utils.kernels.compare`.
 
     Args:
         dtype: autocast type; float32 for none.

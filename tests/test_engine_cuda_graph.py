@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import engine.cuda_graph
+import engine.parallel
 from data import Batch
 from engine.cuda_graph import WARM_UP, ReplayedPass, obstacles, recording_stream
 from engine.guard import FiniteGuard
@@ -260,6 +261,22 @@ def test_steps_are_replayed_on_cuda_where_asked_for_and_the_log_says_why_not(
         stream = recording_stream(cfg, Model())
     assert isinstance(stream, FakeStream) is recorded and (stream is None) is not recorded
     assert told in caplog.text and bool(told) is bool(caplog.messages)
+
+
+def test_what_exchanges_gradients_is_made_on_the_stream_of_the_recording(tiny_cfg, monkeypatch, fake_streams):
+    """It keeps autograd's nodes of the parameters, which keep the stream on which they were made."""
+    cfg, stream, made = tiny_cfg(), FakeStream(), []
+    objective = Objective(make_model(cfg, num_classes=6, num_cameras=2, pretrained=False), make_loss(cfg, 6))
+    monkeypatch.setattr(engine.parallel, "world_size", lambda: 2)
+
+    def wrapped(module, **options):
+        made.append((module, fake_streams[-1], options["find_unused_parameters"]))
+
+    monkeypatch.setattr(engine.parallel, "DistributedDataParallel", wrapped)
+    engine.parallel.parallel(objective, [], stream)
+    engine.parallel.parallel(objective, ["sdtps.scale"], None)
+    assert made == [(objective, stream, False), (objective, fake_streams[-1], True)]
+    assert stream.waited_for == [fake_streams[-1]] and fake_streams[-1].waited_for == [stream]
 
 
 def test_of_several_ranks_more_passes_come_before_a_recording(tiny_cfg, monkeypatch):

@@ -80,6 +80,17 @@ def test_what_was_not_told_can_be_asked_for_once(run):
     assert [kind for kind, *_ in records] == ["train"]
 
 
+def test_a_run_that_stops_tells_what_it_has_seen(run):
+    progress, records, step = run
+    step(1, 1.0)
+    step(2, 1.0)
+    progress.probe = {"backbone_total": torch.tensor(7.0)}
+    step(3, 1.0)
+    progress.leave(103)
+    progress.leave(103)
+    assert [(kind, number) for kind, number, *_ in records] == [("train", 102), ("probe", 103)]
+
+
 def test_a_verdict_of_the_guard_comes_before_what_is_told(run):
     progress, records, step = run
     step(1, 1.0)

@@ -58,6 +58,25 @@ def test_blocks_are_timm_s(monkeypatch, act, rates):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("frozen", ["blocks", "qkv", "proj"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(frozen):
+    """The first of two blocks, or the biases of one layer of its attention."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Block(48, 3, qkv_bias=True) for _ in range(2)])
+    for p in blocks.parameters():
+        nn.init.normal_(p, std=0.2)
+    attn = blocks[0].attn
+    {"blocks": blocks[0], "qkv": attn.qkv.bias, "proj": attn.proj.bias}[frozen].requires_grad_(False)
+    trained = [p for p in blocks.parameters() if p.requires_grad]
+    x, grad = torch.randn(3, 7, 48), torch.randn(3, 7, 48)
+    found = torch.autograd.grad(run_blocks(blocks, x), trained, grad)
+    for a, b in zip(found, torch.autograd.grad(blocks[1](blocks[0](x)), trained, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    prepared = fused_vit._prepare(blocks, torch.float32)
+    assert prepared[0].proj_bias.requires_grad is (frozen == "qkv") or frozen == "proj"
+    assert prepared[1].proj_bias.requires_grad and prepared[1].query_bias.requires_grad
+
+
 def test_evaluation_skips_nothing():
     blocks = nn.ModuleList([Block(48, 3, drop_path=0.5, qkv_bias=True)])
     use_drop_path(nn.ModuleDict({"blocks": blocks}))

@@ -78,7 +78,7 @@ def memory_of(cfg):
 
 @pytest.mark.parametrize(
     ("opts", "measured"),
-    [([], 11.4), (["SOLVER.GRAD_CHECKPOINT", "True"], 3.5)],  # GiB, batch 64, bf16, on an H200
+    [([], 11.4), (["SOLVER.GRAD_CHECKPOINT", "True"], 2.91)],  # GiB, batch 64, bf16, on an H200
 )
 def test_memory_is_near_what_was_measured(opts, measured):
     memory, batch = memory_of(load_cfg("configs/RGBNT201/DeMo_SDTPS.yml", ["MODEL.SDTPS_POOL", "attention", *opts]))

@@ -30,12 +30,12 @@ from yacs.config import CfgNode
 from configs import load_cfg
 from data import Batch, make_dataloader
 from engine.compile import compile_training, should_compile
-from engine.cuda_graph import recording_stream
+from engine.cuda_graph import WARM_UP, WARM_UP_OF_RANKS, recording_stream
 from engine.device import autocast_dtype, select_device, spare_workspace
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
 from engine.launch import join_ranks, launch
-from engine.parallel import Objective, parallel
+from engine.parallel import Objective, idle_parameters, parallel
 from engine.step import TrainStep
 from modeling import fused_vit, make_model
 from modeling.regions import compile_regions
@@ -76,10 +76,11 @@ class StepBench:
         guard = FiniteGuard(self.model, make_optimizer(cfg, self.model), scaler)
         start = time.perf_counter()
         parts = self.batch_size // cfg.SOLVER.ACCUMULATION
-        stream = recording_stream(cfg, self.model)
+        idle = idle_parameters(self.model, self.loss_fn, 1) if world_size() > 1 else []
+        stream = recording_stream(cfg, self.model, idle)
         self.compiled = compile_training(cfg, self.model, self.loss_fn, dtype, parts, replayed=stream is not None)
         self.compile_seconds = time.perf_counter() - start
-        objective = parallel(Objective(self.model, self.loss_fn), stream=stream)
+        objective = parallel(Objective(self.model, self.loss_fn), idle, stream)
         self.step = TrainStep(cfg, objective, guard, stream=stream)
         self.model.train()
         self.generator = torch.Generator(self.device).manual_seed(rank())
@@ -111,7 +112,7 @@ def time_steps(cfg: CfgNode, repeats: int) -> Row:
     bench.prototypes = bench.prototypes[:0]
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # not later: memory within a CUDA graph is counted while it is recorded
-    for i in range(5 if world_size() == 1 else 15):  # until steps are replayed
+    for i in range(3 + (WARM_UP if world_size() == 1 else WARM_UP_OF_RANKS)):  # until steps are replayed
         bench.step(batches[i % 4], 1, i)
     bench.synchronize()
     rates = []

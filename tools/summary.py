@@ -196,7 +196,7 @@ def _flops(call: Callable[[], object]) -> int:
 
 def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[str, int], int]:
     """Bytes of a training step, and its micro-batch: the second step, when the optimizer has its state, and before it
-    an epoch's probe, which recomputes nothing."""
+    an epoch's probe."""
     s = cfg.SOLVER
     batch, half = s.IMS_PER_BATCH // s.ACCUMULATION, s.AMP != "float32"
     optimizer, loss_fn = make_optimizer(cfg, model), make_loss(cfg, classes)
@@ -230,14 +230,17 @@ def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[
 def _probe(model: ReIDModel, loss_fn: Callable, images: dict[str, Tensor], pid: Tensor, half: bool) -> None:
     """As `engine.monitor.score_gradient_probe`: gradients of the backbone twice, in evaluation mode."""
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+    checkpointed = model.backbone.grad_checkpointing
     model.eval()
+    model.backbone.set_grad_checkpointing(True)
     kept = []
     for _ in range(2):
         with mixed_precision(half):
             output = model(images, pid)
             output.logits = {"sdtps": output.logits["sdtps"]}
             loss, _ = loss_fn(output, pid, 10**6)
-        kept.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+            kept.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    model.backbone.set_grad_checkpointing(checkpointed)
     model.train()
 
 
