@@ -136,10 +136,10 @@ def score_gradient_probe(
     tensors on the device.
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
-    detached; it changes no weight, no batch statistics and no gradient of the caller. It checkpoints the backbone, as a
-    recorded step keeps its own memory beside it. Empty if the branch does not
-    train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that float32
-    takes its place. Of several ranks, each looks at its own samples alone.
+    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not train
+    in this epoch or the backbone is frozen. The backbone is checkpointed: a recorded step keeps its own memory meanwhile.
+    fp16 would lose small gradients without a scaler, so that float32 takes its place. Of several ranks, each looks at
+    its own samples alone.
     """
     dtype = None if dtype is torch.float16 else dtype
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
@@ -152,14 +152,12 @@ def score_gradient_probe(
     try:
         for mode in (score_grad, "none"):
             model.sdtps.score_grad = mode
-            with (
-                uncompiled(model, loss_fn),
-                torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None),
-            ):
-                output = model(batch.images, batch.camid, batch.present)
-                alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
-                loss, _ = loss_fn(alone, batch.pid, epoch)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            with uncompiled(model, loss_fn):  # what is checkpointed is computed again in the backward pass
+                with torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
+                    output = model(batch.images, batch.camid, batch.present)
+                    alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
+                    loss, _ = loss_fn(alone, batch.pid, epoch)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
     finally:
         model.sdtps.score_grad = score_grad
