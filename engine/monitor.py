@@ -136,10 +136,10 @@ def score_gradient_probe(
     tensors on the device.
 
     Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
-    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not train
-    in this epoch or the backbone is frozen. The backbone is checkpointed: a recorded step keeps its own memory meanwhile.
-    fp16 would lose small gradients without a scaler, so that float32 takes its place. Of several ranks, each looks at
-    its own samples alone.
+    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
+    train in this epoch or the backbone is frozen. The backbone is checkpointed: a recorded step keeps its own memory
+    meanwhile. fp16 would lose small gradients without a scaler, so that float32 takes its place. Of several ranks, each
+    looks at its own samples alone.
     """
     dtype = None if dtype is torch.float16 else dtype
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
