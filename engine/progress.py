@@ -116,6 +116,7 @@ class Progress:
         self.clock_step = look.step
         if self.device.type == "cuda":
             scalars["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            scalars["reserved_memory_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         self.writer.scalars(look.global_step, self.epoch, scalars, kind="train")
         mean = seen["epoch"]
         log.info(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from utils.cli import parse_args, run
 from utils.errors import Interrupted, UserError
@@ -28,6 +29,7 @@ def raising(error):
         (Interrupted("saved in last.pth", 15), 143, "saved in last.pth"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("by zero"), 1, "unexpected ZeroDivisionError: by zero"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "out of memory. Tried\nTo take less"),
     ],
 )
 def test_one_message_and_an_exit_code(error, code, told, capsys):

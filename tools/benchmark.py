@@ -232,9 +232,11 @@ def time_run(cfg: CfgNode, repeats: int, command: list[str] | None = None, opts:
     if opts:
         samples = steps * int(opts[opts.index("SOLVER.IMS_PER_BATCH") + 1])
     rates = [samples / e["train"] for e in epochs]
-    peaks = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
+    logged = [line for line in lines if "peak_memory_gib" in line]
+    kinds = ("peak", "reserved") if logged else ()
+    peaks = {f"{kind}_gib": max(line[f"{kind}_memory_gib"] for line in logged) for kind in kinds}
     return _spread(whole, "s an epoch") | {
-        **({"peak_gib": max(peaks)} if peaks else {}),
+        **peaks,
         "first_step_s": round(first, 1),
         "samples/s": statistics.median(rates),
         "samples": samples,
@@ -381,7 +383,10 @@ def _spread(values: list[float], unit: str) -> Row:
 
 
 def _peak(device: torch.device) -> Row:
-    return {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB} if device.type == "cuda" else {}
+    if device.type != "cuda":
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"peak_gib": allocated / GIB, "reserved_gib": reserved / GIB}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,12 @@ from types import TracebackType
 from utils.errors import Interrupted, UserError
 
 EXIT_UNEXPECTED, EXIT_BAD_INPUT = 1, 2
+LESS_MEMORY = (
+    "To take less of the GPU's memory in training: SOLVER.ACCUMULATION 2 computes a batch in two halves, "
+    "SOLVER.GRAD_CHECKPOINT True keeps less of each; SOLVER.CUDA_GRAPH False lets evaluation use what training had. In "
+    "evaluation: a lower TEST.IMS_PER_BATCH. `python -m tools.summary` tells what a config needs, nvidia-smi who else "
+    "uses the card."
+)
 
 
 def parse_args(description: str, examples: str = "") -> argparse.Namespace:
@@ -68,6 +74,9 @@ def run(main: Callable[[], object], debug: bool = False, tell: Callable[[str], N
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; a script that has not loaded it meets none
+            tell(f"error: {str(error).splitlines()[0]}\n{LESS_MEMORY}")
+            return EXIT_BAD_INPUT
         logging.getLogger("traceback").warning("unexpected error", exc_info=True)  # into the log file alone
         tell(f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where)")
         return EXIT_UNEXPECTED
