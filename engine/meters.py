@@ -21,7 +21,7 @@ class Readout:
     def __init__(self, parts: dict[str, dict[str, Tensor]]):
         self.names = {part: tuple(values) for part, values in parts.items()}
         flat = torch.stack([value.detach().float() for values in parts.values() for value in values.values()])
-        self.values = flat.to("cpu", non_blocking=True)  # into page-locked memory
+        self.values = flat.to("cpu", non_blocking=flat.is_cuda)  # then into page-locked memory
         self.arrived = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
         self.when = time.perf_counter()
 
