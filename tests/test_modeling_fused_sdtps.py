@@ -61,7 +61,10 @@ def test_selection_and_gradients_are_those_of_sdtps_as_written(pretend, options,
         torch.manual_seed(2)
         loss = sum((x * torch.randn_like(x)).sum() for x in (tokens, scores, predicted))
         leaves = [v, g, *sdtps.parameters()]
-        results.append([tokens, scores, *torch.autograd.grad(loss, leaves, allow_unused=True)])
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for grad, leaf in zip(grads[2:], leaves[2:], strict=True):  # otherwise DistributedDataParallel copies them
+            assert grad is None or grad.stride() == leaf.stride()
+        results.append([tokens, scores, *grads])
     for a, b in zip(*results, strict=True):
         if b is None:
             assert a is None or not a.any()

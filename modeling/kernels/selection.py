@@ -119,7 +119,7 @@ class _Score(torch.autograd.Function):
         args = (*grads, *ctx.saved_tensors, of_tap, of_v, of_before, of_g, sums)
         options = {"SIMILARITY": ctx.similarity_grad, "ADD": of_tap is not None, "num_warps": 8}
         launch_that_fits(_score_gradient_kernel, (modalities * batch,), *args, *ctx.numbers, **ctx.sizes, **options)
-        of_b1, of_w2, of_b2 = sums.sum(1)[..., : ctx.hidden].unbind(1)
+        of_b1, of_w2, of_b2 = sums.sum(1).transpose(0, 1)[..., : ctx.hidden].contiguous()  # as the parameters are
         of_w1 = weight_gradients(of_before, v.flatten(1, 2), torch.float32)[:, : ctx.hidden]
         of_g = None if of_g is None else of_g.sum(0).transpose(0, 1)
         return of_v, of_g, of_w1, of_b1, of_w2, of_b2[:, 0].contiguous(), *[None] * 4
