@@ -126,7 +126,13 @@ def do_train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # not later: a CUDA graph's memory is counted while it is recorded
 
-    with StopRequest(s.RANK_TIMEOUT) as stop, closing(train_step), closing(writer), CheckpointWriter() as files:
+    with (
+        StopRequest(s.RANK_TIMEOUT) as stop,
+        closing(train_step),
+        closing(writer),
+        progress,
+        CheckpointWriter() as files,
+    ):
         for epoch in range(state.epoch + 1, s.MAX_EPOCHS + 1):
             train_loader.set_epoch(epoch, state.step)
             steps = len(train_loader)

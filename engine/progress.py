@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,8 @@ class _Look:
 class Progress:
     """Gathers what every step gives, and tells of it every LOG_PERIOD steps and at the end of an epoch.
 
-    The host reads what a step gave after it has launched the next one: the device has work meanwhile.
+    The host reads what a step gave after it has launched the next one: the device has work meanwhile. A context
+    manager: an error that ends training does not keep it from telling what was seen before.
 
     Args:
         cfg: SOLVER.LOG_PERIOD and IMS_PER_BATCH are read.
@@ -60,6 +62,14 @@ class Progress:
         self.probe: dict[str, Tensor] = {}
         """Of this epoch; told at the next look."""
         self.look: _Look | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            with suppress(Exception):  # whatever comes of it, the error is what counts
+                self.tell()
 
     def begin(self, epoch: int, steps: int, step: int) -> None:
         """An epoch of so many steps begins, of which the first `step` are done."""

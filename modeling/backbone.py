@@ -193,7 +193,9 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Blocks first to last - 1, (B, L, W) -> (B, L, W): fused, with a norm behind them if one is given, or in
         groups of equal size so that few compile."""
-        blocks, again = tuple(self.vit.blocks[first:last]), self.grad_checkpointing and torch.is_grad_enabled()
+        blocks = tuple(self.vit.blocks[first:last])
+        learns = tokens.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())
+        again = self.grad_checkpointing and torch.is_grad_enabled() and learns
         kept = fused_vit.draw_branches(blocks, tokens) if fused else []  # no random state is needed to compute it again
         group = len(blocks) if fused else group_size(self.split_after, len(self.vit.blocks))
         size = 1 if self.grad_checkpointing else group

@@ -187,7 +187,7 @@ def _prepare(blocks: Sequence[Any], dtype: torch.dtype) -> list[_Prepared]:
     queries: list[Tensor | None] = [None] * len(blocks)
     trained = [i for i, bias in enumerate(biases) if bias is not None and bias.requires_grad]
     if trained:  # blocks that are frozen stay out of the backward pass
-        own = proj if len(trained) == len(blocks) else proj[trained]
+        own = proj if len(trained) == len(blocks) else torch.stack([proj[i] for i in trained])
         tied = tied_biases([biases[i] for i in trained], [proj_biases[i] for i in trained], own)
         for i, query, bias in zip(trained, *tied, strict=True):
             queries[i], proj_biases[i] = query, bias

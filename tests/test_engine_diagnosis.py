@@ -154,11 +154,11 @@ def test_a_choice_by_place(train, caplog):
 
 @pytest.fixture
 def diagnose(tiny_cfg):
-    """`diagnose(KEY, VALUE, …)` -> a Diagnosis of a run with 100 identities and pretrained weights."""
+    """`diagnose(KEY, VALUE, …, step=…)` -> a Diagnosis of a run with 100 identities and pretrained weights."""
 
-    def make(*opts):
+    def make(*opts, step=0):
         cfg = tiny_cfg("MODEL.PRETRAINED", "True", "SOLVER.IMS_PER_BATCH", "16", *opts)
-        return Diagnosis(cfg, make_loss(cfg, 100))
+        return Diagnosis(cfg, make_loss(cfg, 100), step)
 
     return make
 
@@ -264,6 +264,13 @@ def test_skipped_steps_beyond_the_search_for_a_scale(diagnose):
     assert doctor("train", 122, 2, {"skipped_steps": 23.0, "scale": 1.0}) == []
     (finding,) = doctor("train", 122, 2, {"skipped_steps": 24.0, "scale": 1.0})
     assert finding.message.startswith("4 of the 60 steps")
+
+
+def test_a_resumed_run_counts_from_where_it_goes_on(diagnose):
+    doctor = diagnose(step=1000)
+    assert doctor("train", 1010, 17, {"skipped_steps": 10.0, "scale": 1.0}) == []  # it may search for a scale anew
+    (finding,) = doctor("train", 1020, 17, {"skipped_steps": 18.0, "scale": 1.0})
+    assert finding.message.startswith("18 of the 20 steps")
 
 
 def epoch_of(ori=1.0, sdtps=1.0, acc=0.5, triplet=0.7):

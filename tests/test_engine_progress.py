@@ -91,6 +91,19 @@ def test_a_run_that_stops_tells_what_it_has_seen(run):
     assert [(kind, number) for kind, number, *_ in records] == [("train", 102), ("probe", 103)]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_error_in_the_next_step_does_not_keep_it_from_telling(run, monkeypatch, broken):
+    """Nor does an error while it tells hide the one that counts."""
+    progress, records, step = run
+    if broken:
+        monkeypatch.setattr(Readout, "read", lambda readout: 1 // 0)
+    with pytest.raises(OSError, match="no such image"), progress:
+        step(1, 1.0)
+        step(2, 1.0)
+        raise OSError("no such image")
+    assert [number for _, number, *_ in records] == ([] if broken else [102])
+
+
 def test_a_verdict_of_the_guard_comes_before_what_is_told(run):
     progress, records, step = run
     step(1, 1.0)

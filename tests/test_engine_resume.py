@@ -13,8 +13,10 @@ import torch
 from reference import REFERENCE, reference_weight
 
 import train_net
+from engine import processor
+from engine.interrupt import StopRequest
 from utils.checkpoint import read_file
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,27 @@ def assert_same_state(a: Path, b: Path):
     assert left.keys() == right.keys() and len(left) > 100
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, f"differ: {different[:5]}"
+
+
+@pytest.mark.parametrize("last_step", [1, 2])
+def test_a_run_in_two_parts_tells_what_one_in_one_piece_tells(tiny_yaml, tmp_path, monkeypatch, last_step):
+    """Stopped between the probe and the log line with it, and at the last step of the epoch, which has two."""
+    monkeypatch.setattr(processor, "PROBE_STEP", 1)
+    options = ("SOLVER.LOG_PERIOD", "2", "SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_ITERS", "0")
+
+    def records(run):
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] not in ("diagnosis", "seconds")]
+        return [(line["kind"], line["epoch"], line["kind"] == "probe" or line["step"]) for line in lines]
+
+    train(tiny_yaml, *options, "OUTPUT_DIR", f"{tmp_path}/whole")
+    asked = iter(range(1, 100))
+    monkeypatch.setattr(StopRequest, "agreed", lambda stop: 15 if next(asked) == last_step else None)
+    parts = tmp_path / "parts"
+    with pytest.raises(Interrupted, match=f"Stopped after step {last_step} of epoch 1"):
+        train(tiny_yaml, *options, "OUTPUT_DIR", str(parts))
+    train(tiny_yaml, *options, "OUTPUT_DIR", str(parts), "TEST.WEIGHT", f"{parts}/last.pth")
+    assert ("probe", 1, True) in records("whole") and sorted(records("parts")) == sorted(records("whole"))
 
 
 def test_six_epochs_are_three_and_three(tiny_yaml, tmp_path):

@@ -56,7 +56,8 @@ def run(main: Callable[[], object], debug: bool = False, tell: Callable[[str], N
     """Calls `main`; what a person can mend is shown as one message, by `tell`.
 
     Returns:
-        Exit code: 0, 2 for bad input, 128 + signal after an interruption, 1 for what should not happen.
+        Exit code: 0, 2 for bad input and for more than a GPU's memory holds, 128 + signal after an interruption, 1 for
+        what should not happen.
     """
     try:
         main()
@@ -74,10 +75,10 @@ def run(main: Callable[[], object], debug: bool = False, tell: Callable[[str], N
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; a script that has not loaded it meets none
-            tell(f"error: {str(error).splitlines()[0]}\n{LESS_MEMORY}")
-            return EXIT_BAD_INPUT
         logging.getLogger("traceback").warning("unexpected error", exc_info=True)  # into the log file alone
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; a script that has not loaded it meets none
+            tell(f"error: {str(error).partition(chr(10))[0]}\n{LESS_MEMORY}")
+            return EXIT_BAD_INPUT
         tell(f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where)")
         return EXIT_UNEXPECTED
     return 0
