@@ -65,6 +65,20 @@ def test_a_run_in_two_parts_tells_what_one_in_one_piece_tells(tiny_yaml, tmp_pat
     assert ("probe", 1, True) in records("whole") and sorted(records("parts")) == sorted(records("whole"))
 
 
+def test_what_was_seen_before_an_error_is_told(tiny_yaml, tmp_path, monkeypatch):
+    step = processor.TrainStep.__call__
+
+    def breaks(self, batch, epoch, number):
+        if number == 2:
+            raise RuntimeError("the second step")
+        return step(self, batch, epoch, number)
+
+    monkeypatch.setattr(processor.TrainStep, "__call__", breaks)
+    with pytest.raises(RuntimeError, match="the second step"):
+        train(tiny_yaml, "SOLVER.LOG_PERIOD", "1", "OUTPUT_DIR", f"{tmp_path}/run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"] == [1]
+
+
 def test_six_epochs_are_three_and_three(tiny_yaml, tmp_path):
     train(tiny_yaml, "SOLVER.MAX_EPOCHS", "6", "OUTPUT_DIR", f"{tmp_path}/whole")
     train(tiny_yaml, "SOLVER.MAX_EPOCHS", "6", "OUTPUT_DIR", f"{tmp_path}/parts")
