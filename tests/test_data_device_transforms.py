@@ -57,13 +57,14 @@ def test_a_batch_is_what_each_image_alone_would_be(padding, sync):
 
 
 @pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (0, 1, 3, 4, 2)])
 @pytest.mark.parametrize("size", [(H, W), (33, 32)])
-def test_the_kernel_has_the_bits_of_torch_s_operations(size, together):
-    """Under Triton's interpreter; also where a sample's modalities lie side by side, as they come from the cache."""
+def test_the_kernel_has_the_bits_of_torch_s_operations(size, order):
+    """Under Triton's interpreter; also where a sample's modalities lie side by side, as they come from the cache, and
+    where a pixel's channels do."""
     transform = augment(size)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 12, 3, *size), dtype=np.uint8))
-    pixels = pixels if together else pixels.transpose(0, 1).contiguous().transpose(0, 1)
+    pixels = pixels.permute(order).contiguous().permute([order.index(i) for i in range(5)])
     table = transform.draw(3, range(12))
     assert table[0].any() and table[5].any() and not table[0].all()
     found = prepare(pixels, transform.normalize.levels(), table, transform.tape, PAD)

@@ -61,7 +61,11 @@ def test_a_run_in_two_parts_tells_what_one_in_one_piece_tells(tiny_yaml, tmp_pat
     parts = tmp_path / "parts"
     with pytest.raises(Interrupted, match=f"Stopped after step {last_step} of epoch 1"):
         train(tiny_yaml, *options, "OUTPUT_DIR", str(parts))
+    begun = []
+    diagnosis = processor.Diagnosis
+    monkeypatch.setattr(processor, "Diagnosis", lambda *args: begun.append(args[2]) or diagnosis(*args))
     train(tiny_yaml, *options, "OUTPUT_DIR", str(parts), "TEST.WEIGHT", f"{parts}/last.pth")
+    assert begun == [last_step]
     assert ("probe", 1, True) in records("whole") and sorted(records("parts")) == sorted(records("whole"))
 
 

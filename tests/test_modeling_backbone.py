@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from modeling import backbone as backbone_module
 from modeling import foreign
 from modeling.backbone import Backbone, _cut, resize_position_grid
 from modeling.block_parts import DropPath
@@ -190,6 +191,20 @@ def test_depth_spreads_the_drop_path_over_the_blocks_kept():
     assert rates == pytest.approx([0.0, 0.2, 0.4])
     assert backbone.vit.blocks[0].attn.attn_drop.p == 0.1 and backbone.vit.blocks[0].mlp.drop1.p == 0.2
     assert len(Backbone(TINY, img_size=(32, 16)).vit.blocks) == 12
+
+
+def test_blocks_are_checkpointed_only_where_something_learns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backbone_module, "checkpoint", lambda run, *args, **options: calls.append(1) or run(*args))
+    backbone = Backbone(TINY, img_size=(32, 16), depth=2)
+    backbone.set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 32, 16)
+    backbone(x)
+    assert len(calls) == 2
+    with torch.no_grad():
+        backbone(x)
+    backbone.requires_grad_(False)(x)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", [TINY, "vit_small_patch16_dinov3"])
