@@ -9,7 +9,7 @@ from torch import Tensor
 from modeling.kernels.selection import has_kernels, part_patches, score_patches
 from modeling.precision import matmul_precision
 from modeling.sdtps import NORM_FLOOR, RANGE_FLOOR, SDTPS, Choice, Selection, fuse_dropped, gather_tokens
-from utils.kernels import can_launch, compare, proven
+from utils.kernels import can_launch, compare, proven, trial
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +90,7 @@ def relative_errors(
         dtype: of the patches.
         batch: B.
     """
-    own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    as_asked = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), own_random_state, as_asked:
-        torch.manual_seed(0)
+    with trial(device):
         sdtps = FusedSDTPS(embed_dim=embed_dim, num_patches=num_patches).to(device)
         weights = dict(sdtps.predictor.named_parameters())
         for weight in weights.values():

@@ -29,20 +29,21 @@ from modeling.kernels.biases import tied_biases
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import halves, linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, norm_for
-from utils.kernels import can_launch, compare, proven
+from utils.kernels import can_launch, compare, proven, trial
 
 ACTIVATIONS_KEPT = 0.5
 """Share of the blocks, the last ones, that keep what comes out of their activation: six of twelve take 0.85 GiB for 192
 images of 129 tokens, and save 6 of the 72 passes that the activations' kernels make over the hidden layers."""
 
 
-def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bool:
+def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device, stream: torch.dtype | None = None) -> bool:
     """Whether `run_blocks` computes what the blocks do, and is faster: under half-precision autocast on a GPU, where
     the kernels have shown once that they compute what timm's blocks do.
 
     Args:
         blocks: of a timm ViT, with nothing but norms, plain attention and an MLP with biases, in float32.
         num_tokens: L.
+        stream: type of the tokens; None is that of `embed`.
     """
     if torch.compiler.is_compiling() or not (can_launch(device) and torch.is_autocast_enabled(device.type)):
         return False
@@ -51,7 +52,7 @@ def can_fuse(blocks: Sequence[Any], num_tokens: int, device: torch.device) -> bo
         return False
     kinds = {kind_of(block) for block in blocks}
     kind = kinds.pop() if len(kinds) == 1 else None
-    return kind is not None and kernels_agree(kind, num_tokens, dtype, device)
+    return kind is not None and kernels_agree(kind, num_tokens, dtype, device, stream or stream_type(device))
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,16 @@ def _mlp(mlp: Any, x: Tensor, ready: _Prepared, keep: bool) -> Tensor:
 
 
 @functools.cache
-def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+def kernels_agree(kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, stream: torch.dtype) -> bool:
     """Whether a small ViT of that kind has the output and the gradients of timm's in float32, about as well as timm's
     own in half precision. Tried once; where it does not, the log says why.
 
     Raises:
         torch.OutOfMemoryError: nothing is known then, and the next call tries again.
     """
+    images = _images_to_check(kind, device)
     return proven(
-        lambda: relative_errors(kind, num_tokens, dtype, device, images=_images_to_check(kind, device)),
+        lambda: relative_errors(kind, num_tokens, dtype, device, images=images, stream=stream),
         "blocks are not fused, so the backbone is slower",
     )
 
@@ -234,41 +236,49 @@ def _images_to_check(kind: Kind, device: torch.device) -> int:
 
 
 def relative_errors(
-    kind: Kind, num_tokens: int, dtype: torch.dtype, device: torch.device, *, images: int = 9
+    kind: Kind,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    images: int = 9,
+    stream: torch.dtype | None = None,
 ) -> dict[str, tuple[float, float]]:
     """The largest errors of the output and of every gradient, by name, of a random ViT of three blocks, of which some
-    images skip branches: by the kernels, and by timm's own modules in the same precision. What is expected are timm's
-    in float32; see `utils.kernels.compare`.
+    images skip branches, and one more branch beside them: by the kernels, and by timm's own modules in the same
+    precision. What is expected are timm's in float32; see `utils.kernels.compare`.
 
     Args:
         dtype: autocast type; float32 for none.
         images: in the batch, four at least.
+        stream: see `can_fuse`.
     """
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
 
-    own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    as_asked = torch.autocast(device.type, enabled=False)  # whatever stands around: backward passes hear of it too
-    with torch.inference_mode(False), torch.enable_grad(), own_random_state, as_asked:
-        torch.manual_seed(0)
+    with trial(device):
         vit = _small_vit(kind, noise).to(device)
         patches = noise(images, num_tokens - 1, kind.width)
         class_tokens, positions = noise(images, kind.width), noise(num_tokens, kind.width)
         inputs = {"patches": patches, "class tokens": class_tokens, "positions": positions}
         leaves = {name: x.requires_grad_() for name, x in inputs.items()} | dict(vit.named_parameters())
-        kept = draw_kept(images, [0.0, 0.25, 0.25, 0.0, 0.25, 0.0], device)
-        grad = noise(images, num_tokens, kind.width)
+        kept = draw_kept(images, [0.0, 0.25, 0.25, 0.0, 0.25, 0.25], device)
+        bias, grad = vit["blocks"][0].mlp.fc2.bias, noise(images, num_tokens, kind.width)
 
         def differentiated(precision: torch.dtype, fused: bool) -> list[Tensor]:
             with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
+                between = torch.float32 if precision is torch.float32 else stream or stream_type(device)
                 if fused:
-                    x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], stream_type(device))
-                    plain = embed_tokens(patches.to(precision), class_tokens, positions, None, stream_type(device))
+                    x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], between)
+                    plain = embed_tokens(patches.to(precision), class_tokens, positions, None, between)
+                    plain, normed = norm_for(plain, vit["norm"], kept[1])
+                    plain = add_branch(plain, Branch(normed, bias, kept[1]))
                     out = run_kept(vit["blocks"], x, kept, vit["norm"]) + plain
                 else:
                     plain = torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions
-                    x = vit["norm"](plain).to(stream_type(device))
+                    x = vit["norm"](plain).to(between)
+                    plain = plain + _share(kept[1]) * (vit["norm"](plain) + bias)
                     out = vit["norm"](_as_written(vit["blocks"], x, kept)) + plain
             return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
 
@@ -294,6 +304,10 @@ def _as_written(blocks: Sequence[Any], tokens: Tensor, kept: Sequence[Kept]) -> 
     for i, drawn in enumerate(kept):
         block = blocks[i // 2]
         branch = block.mlp(block.norm2(tokens)) if i % 2 else block.attn(block.norm1(tokens))
-        there = (drawn.order < drawn.count) * drawn.scale
-        tokens = tokens + there[:, None, None] * branch
+        tokens = tokens + _share(drawn) * branch
     return tokens
+
+
+def _share(kept: Kept) -> Tensor:
+    """What a branch is multiplied by in each image, (B, 1, 1)."""
+    return ((kept.order < kept.count) * kept.scale)[:, None, None]

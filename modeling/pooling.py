@@ -136,7 +136,7 @@ class CrossPool(nn.Module):
 
     def _mixed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The layer itself, (B, T, C) -> (B, T, C)."""
-        if mask is None and self.fused and fused_vit.can_fuse([self.block], x.shape[1], x.device):
+        if mask is None and self.fused and fused_vit.can_fuse([self.block], x.shape[1], x.device, x.dtype):
             return fused_vit.run_blocks([self.block], x)
         return self.block(x, attn_mask=mask)
 

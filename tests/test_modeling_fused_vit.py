@@ -111,8 +111,8 @@ def test_a_wrong_gradient_is_found_and_blocks_are_then_not_fused(monkeypatch, ca
     kernels_agree.cache_clear()
     monkeypatch.setattr(fused_vit, "draw_kept", scrambled)
     with caplog.at_level(logging.WARNING):
-        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
-        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU, torch.float32)
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU, torch.float32)
     assert len(caplog.messages) == 1 and "blocks are not fused, so the backbone is slower: " in caplog.text
     assert "patches differs by " in caplog.text
     kernels_agree.cache_clear()
@@ -125,7 +125,7 @@ def test_kernels_that_do_not_run_are_told_and_done_without(monkeypatch, caplog):
     monkeypatch.setattr(fused_vit, "embed_tokens", broken)
     kernels_agree.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not kernels_agree(SMALL, 7, torch.float32, CPU)
+        assert not kernels_agree(SMALL, 7, torch.float32, CPU, torch.float32)
     assert "RuntimeError: set CC" in caplog.text
     kernels_agree.cache_clear()
 

@@ -5,7 +5,11 @@ The kernels themselves are in `modeling.kernels` and `data.device_kernel`.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +46,32 @@ def has_triton() -> bool:
     return found >= OLDEST_TRITON
 
 
+class _Collected(threading.local):
+    """What a thread would have launched, one of each variant; None where it launches."""
+
+    builds: dict[tuple, Callable[[], None]] | None = None
+
+
+_collected = _Collected()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launches a kernel on the card that its tensors lie on, whichever card is the current one."""
-    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+    if _collected.builds is not None:
+        _collected.builds.setdefault(_variant(kernel, args, options), partial(build, kernel, grid, *args, **options))
+        return
+    with torch.cuda.device_of(_tensors(args)[0]):
         kernel[grid](*args, **options)
+
+
+def build(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Compiles a kernel for such a launch and loads it onto the card, unless that has been done before.
+
+    Raises:
+        OutOfResources: the card has less shared memory.
+    """
+    with torch.cuda.device_of(_tensors(args)[0]):
+        _ = kernel.warmup(*args, grid=grid, **options).run  # looked up, it is loaded
 
 
 STAGES = (3, 2, 1)
@@ -59,17 +85,71 @@ def launch_that_fits(kernel: Any, grid: tuple[int, ...], *args: Any, **options: 
     Raises:
         OutOfResources: none fits.
     """
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    known = (kernel, *options.items(), tensors[0].dtype, tensors[0].device)
+    if _collected.builds is not None:
+        task = partial(_by_stages, build, kernel, grid, *args, **options)
+        _collected.builds.setdefault(_variant(kernel, args, options), task)
+        return
+    _by_stages(launch, kernel, grid, *args, **options)
+
+
+def _by_stages(action: Callable[..., None], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    like = _tensors(args)[0]
+    known = (kernel, *options.items(), like.dtype, like.device)
     for stages in [_fitting[known]] if known in _fitting else STAGES:
         try:
-            launch(kernel, grid, *args, num_stages=stages, **options)
+            action(kernel, grid, *args, num_stages=stages, **options)
         except triton.runtime.errors.OutOfResources:
             if stages == STAGES[-1]:
                 raise
             continue
         _fitting[known] = stages
         return
+
+
+def build_together(run: Callable[[], object]) -> None:
+    """Builds the kernels that `run` launches, many at a time; launched one after the other, each would be waited for.
+
+    Args:
+        run: called without its kernels being launched, so that what it computes from their results means nothing.
+            Those of a backward pass on a GPU are launched if it is not within a `trial`. What it raises is left to its
+            next call to tell, and so is a kernel that cannot be built.
+    """
+    if not torch.cuda.is_available():
+        return
+    builds: dict[tuple, Callable[[], None]] = {}
+    _collected.builds = builds
+    try:
+        run()
+    except Exception:
+        log.debug("kernels are not built together", exc_info=True)
+    finally:
+        _collected.builds = None
+    with ThreadPoolExecutor(thread_name_prefix="build") as pool:
+        for done in [pool.submit(task) for task in builds.values()]:
+            if error := done.exception():
+                log.debug("a kernel could not be built: %s", error)
+
+
+def _variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> tuple:
+    """What a kernel is compiled for, as far as this project's launches differ."""
+    kinds = ((x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in args)
+    return kernel, *kinds, *options.items()
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [arg for arg in args if isinstance(arg, Tensor)]
+
+
+@contextmanager
+def trial(device: torch.device) -> Iterator[None]:
+    """Within it kernels are tried on random numbers, the same ones every time, as if nothing stood around: no autocast,
+    no inference. Those of the run are as before. Backward passes stay on this thread, for `build_together`."""
+    own_random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    no_autocast = torch.autocast(device.type, enabled=False)  # backward passes hear of it too
+    on_this_thread = partial(torch.autograd.set_multithreading_enabled, False)  # after inference, which sets it
+    with torch.inference_mode(False), torch.enable_grad(), own_random_state, no_autocast, on_this_thread():
+        torch.manual_seed(0)
+        yield
 
 
 def proven(errors: Callable[[], dict[str, tuple[float, float]]], consequence: str) -> bool:
@@ -80,6 +160,7 @@ def proven(errors: Callable[[], dict[str, tuple[float, float]]], consequence: st
         torch.OutOfMemoryError: it could not be tried.
     """
     try:
+        build_together(errors)
         found = errors().items()
         faults = [f"{name} differs by {own:.2g}" for name, (own, usual) in found if not own <= TOLERANCE + 2 * usual]
     except torch.OutOfMemoryError:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.kernels import launch, tl, triton
+from utils.kernels import build, launch, tl, triton
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,12 @@ def images_at_once(
         return AHEAD[-1]
     qkv = torch.zeros(1, num_tokens, 3 * num_heads * head_dim, dtype=dtype, device=device)
     sizes = _sizes(qkv, num_heads, num_prefix)
-    return first_that_fits(lambda ahead: _launch_gradient(qkv, qkv[..., : num_heads * head_dim], sizes, ahead))
+    grad_out = qkv[..., : num_heads * head_dim]
+    return first_that_fits(lambda ahead: _launch_gradient(qkv, grad_out, sizes, ahead, build))
 
 
 def first_that_fits(attempt: Callable[[int], object]) -> int:
-    """The first of `AHEAD` with which a launch does not ask for more than a card has; 0 if there is none, or if it
+    """The first of `AHEAD` with which a kernel does not ask for more than a card has; 0 if there is none, or if it
     fails in another way, which the log tells."""
     for ahead in AHEAD:
         try:
@@ -103,7 +104,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out):  # type: ignore[override]
         (qkv,), sizes = ctx.saved_tensors, ctx.sizes
         ahead = images_at_once(qkv.shape[1], sizes["P"], sizes["H"], sizes["D"], qkv.dtype, qkv.device)
-        return _launch_gradient(qkv, grad_out, sizes, ahead), None, None
+        return _launch_gradient(qkv, grad_out, sizes, ahead, launch), None, None
 
 
 def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, int]:
@@ -111,14 +112,17 @@ def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, int]:
     return {"P": num_prefix, "N": num_patches, "H": num_heads, "D": head_dim}
 
 
-def _launch_gradient(qkv: Tensor, grad_out: Tensor, sizes: dict[str, int], ahead: int) -> Tensor:
-    """Gradient of the joint projection, by a program for each image and head, or by as many as run side by side."""
+def _launch_gradient(
+    qkv: Tensor, grad_out: Tensor, sizes: dict[str, int], ahead: int, action: Callable[..., None]
+) -> Tensor:
+    """Gradient of the joint projection, by a program for each image and head, or by as many as run side by side; there
+    if the action is to `launch`, and not if it is to `build`."""
     grad = torch.empty_like(qkv)
     programs = tasks = len(qkv) * sizes["H"]
     if ahead > 1:
         programs = min(tasks, torch.cuda.get_device_properties(qkv.device).multi_processor_count)
     args = (qkv, grad_out.contiguous(), grad, tasks, sizes["D"] ** -0.5)
-    launch(_gradient_kernel, (programs,), *args, **sizes, AHEAD=ahead, num_warps=8)
+    action(_gradient_kernel, (programs,), *args, **sizes, AHEAD=ahead, num_warps=8)
     return grad
 
 

@@ -147,7 +147,7 @@ if triton is not None:
         """Where the values of a row are, (C,)."""
         return (row + tl.zeros((C,), tl.int64)) * W + tl.arange(0, C)
 
-    @triton.jit(do_not_specialize=["count", "next_count"])
+    @triton.jit(do_not_specialize=["count", "next_count"], do_not_specialize_on_alignment=["order", "next_order"])
     def _forward_kernel(
         x,
         out,
@@ -196,7 +196,9 @@ if triton is not None:
                 to = normed + row_at(place * L + token, W, C)
                 tl.store(to, value.to(normed.dtype.element_ty), mask=inside)
 
-    @triton.jit(do_not_specialize=["count", "next_count", "rows"])
+    @triton.jit(
+        do_not_specialize=["count", "next_count", "rows"], do_not_specialize_on_alignment=["order", "next_order"]
+    )
     def _backward_kernel(
         grad_total,
         grad_normed,
