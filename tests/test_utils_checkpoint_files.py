@@ -1,3 +1,4 @@
+import itertools
 import os
 import pickle
 import resource
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file as save_safetensors
 from torch import nn
 
+from utils import checkpoint
 from utils.checkpoint import read_file, save_file
 from utils.errors import UserError
 
@@ -50,6 +52,25 @@ def test_optimizer_and_generator_state_can_be_read_back(tmp_path):
     state = read_file(tmp_path / "a.pth")
     assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     assert torch.equal(state["rng"], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("takes_advice", [True, False])
+def test_the_disk_begins_before_all_is_packed_where_it_takes_advice(tmp_path, monkeypatch, takes_advice):
+    begun: list[tuple[int, int]] = []
+
+    def advise(file, start, length, advice):
+        assert advice == os.POSIX_FADV_DONTNEED and os.fstat(file).st_size == start + length  # not still in a buffer
+        begun.append((start, start + length))
+        if not takes_advice:
+            raise OSError("not supported")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(checkpoint, "BEGIN_AFTER", 100_000)
+    state = {str(i): torch.rand(30_000) for i in range(10)}
+    save_file(state, tmp_path / "a.pth")
+    assert len(begun) == 10 and begun[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(begun))
+    read = read_file(tmp_path / "a.pth")
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):

@@ -6,9 +6,10 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -16,6 +17,9 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from utils.errors import UserError
+
+BEGIN_AFTER = 2**26
+"""Bytes of a checkpoint after which the disk is told to begin with them."""
 
 
 def save_file(state: dict[str, Any], path: str | Path) -> None:
@@ -33,7 +37,7 @@ def save_file(state: dict[str, Any], path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as file:
-                torch.save(state, file)
+                torch.save(state, _BegunAtOnce(file))
                 file.flush()
                 os.fsync(file.fileno())
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(str(aside))
@@ -45,6 +49,26 @@ def save_file(state: dict[str, Any], path: str | Path) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch tells a full disk
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be written: {reason}. Check free space and rights of the folder.") from error
+
+
+class _BegunAtOnce:
+    """A binary file, which the disk begins with while the rest is packed, so that it is not waited for at the end."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.begun, self.size = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        written = self.file.write(data)
+        self.size += written
+        if self.size - self.begun >= BEGIN_AFTER and hasattr(os, "posix_fadvise"):
+            self.file.flush()
+            with suppress(OSError):  # a disk that takes no advice is waited for
+                os.posix_fadvise(self.file.fileno(), self.begun, self.size - self.begun, os.POSIX_FADV_DONTNEED)
+            self.begun = self.size
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class _Damaged(UserError):
