@@ -1,5 +1,6 @@
 """What to watch while SDTPS learns: statistics of its scores and choices, and how its gradient reaches the backbone."""
 
+import functools
 from itertools import combinations
 
 import torch
@@ -129,41 +130,62 @@ class SelectionMonitor:
         return {m: (count / self.images).cpu() for m, count in self.cells.items()}
 
 
+PROBE_SAMPLES = 16
+"""Of a batch, that the gradient probe looks at."""
+
+
+def probe_is_sparing(at_once: int) -> bool:
+    """Whether the gradient probe checkpoints the backbone: where its samples are no small part of those that a step
+    takes at once, it would need much memory beside what a recorded step keeps for itself."""
+    return at_once < 4 * PROBE_SAMPLES
+
+
 def score_gradient_probe(
-    model: ReIDModel, batch: Batch, loss_fn: ReIDLoss, epoch: int, dtype: torch.dtype | None = None
+    model: ReIDModel,
+    batch: Batch,
+    loss_fn: ReIDLoss,
+    epoch: int,
+    dtype: torch.dtype | None = None,
+    sparing: bool = True,
 ) -> dict[str, Tensor]:
     """How the sdtps branch's loss reaches the backbone: gradient norms in total, through values and through scores, 0-d
     tensors on the device.
 
-    Runs forward and backward twice in evaluation mode, once with the scores attached as the model has them and once
-    detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch does not
-    train in this epoch or the backbone is frozen. The backbone is checkpointed: a recorded step keeps its own memory
-    meanwhile. fp16 would lose small gradients without a scaler, so that float32 takes its place. Of several ranks, each
-    looks at its own samples alone.
+    Runs the backbone once, in evaluation mode, and differentiates twice, once with the scores attached as the model has
+    them and once detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch
+    does not train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that
+    float32 takes its place. Of several ranks, each looks at its own samples alone.
+
+    Args:
+        sparing: checkpoint the backbone also where the model does not; see `probe_is_sparing`.
     """
     dtype = None if dtype is torch.float16 else dtype
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
     if model.sdtps is None or not parameters or loss_fn.branch_weight("sdtps", epoch) == 0:
         return {}
-    score_grad, training, gradients = model.sdtps.score_grad, model.training, []
-    checkpointed = model.backbone.grad_checkpointing
+    score_grad, training, checkpointed = model.sdtps.score_grad, model.training, model.backbone.grad_checkpointing
+    gradients: list[list[Tensor]] = []
+    precision = functools.partial(torch.autocast, batch.pid.device.type, dtype=dtype, enabled=dtype is not None)
     model.eval()
-    model.backbone.set_grad_checkpointing(True)
+    model.backbone.set_grad_checkpointing(checkpointed or sparing)
     try:
-        for mode in (score_grad, "none"):
-            model.sdtps.score_grad = mode
-            with uncompiled(model, loss_fn):  # what is checkpointed is computed again in the backward pass
-                with torch.autocast(batch.pid.device.type, dtype=dtype, enabled=dtype is not None):
-                    output = model(batch.images, batch.camid, batch.present)
+        with uncompiled(model, loss_fn):  # what is checkpointed is computed again in the backward pass
+            with precision():
+                encoded = model.encode(batch.images, batch.camid, batch.present)
+            for mode in (score_grad, "none"):
+                model.sdtps.score_grad = mode
+                with precision():
+                    output = model.decode(encoded)
                     alone = ReIDOutput({"sdtps": output.features["sdtps"]}, {"sdtps": output.logits["sdtps"]})
                     loss, _ = loss_fn(alone, batch.pid, epoch)
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=not gradients)
+                gradients.append(
+                    [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+                )
     finally:
         model.sdtps.score_grad = score_grad
         model.backbone.set_grad_checkpointing(checkpointed)
         model.train(training)
     total, value = gradients
-    score = [t - v for t, v in zip(total, value, strict=True)]
-    norms = {"total": total, "value": value, "score": score}
+    norms = {"total": total, "value": value, "score": torch._foreach_sub(total, value)}
     return {f"backbone_{k}": torch.nn.utils.get_total_norm(g) for k, g in norms.items()}

@@ -20,7 +20,7 @@ from engine.diagnosis import DiagnosingWriter, Diagnosis
 from engine.evaluator import EvalResult, evaluate, format_table, write_metrics
 from engine.guard import FiniteGuard
 from engine.interrupt import StopRequest
-from engine.monitor import score_gradient_probe
+from engine.monitor import PROBE_SAMPLES, probe_is_sparing, score_gradient_probe
 from engine.output import LAST, METRICS_FILE, open_output_dir
 from engine.parallel import Objective, idle_parameters, parallel
 from engine.progress import Progress
@@ -39,9 +39,10 @@ log = logging.getLogger(__name__)
 
 PICTURES = 4
 """Test images on which every evaluation draws the selected patches."""
-PROBE_STEP, PROBE_SAMPLES = 8, 16
+PROBE_STEP = 10
 """The gradient probe runs once an epoch, before this step or the last, on some samples of its batch: launched kernel by
-kernel, for which the host has time while the device is busy with the steps before."""
+kernel, for which the host has time while the device is busy with the steps before. With a log line every tenth step, it
+first waits for the device behind the eleventh."""
 
 
 @tell_lost_workers()
@@ -143,7 +144,8 @@ def do_train(
 
             for step, batch in enumerate(bar, state.step + 1):
                 if step == min(PROBE_STEP, steps):
-                    progress.probe = score_gradient_probe(model, batch.part(0, PROBE_SAMPLES), loss_fn, epoch, dtype)
+                    part, sparing = batch.part(0, PROBE_SAMPLES), probe_is_sparing(at_once)
+                    progress.probe = score_gradient_probe(model, part, loss_fn, epoch, dtype, sparing)
                 scheduler.step(epoch - 1 + (step - 1) / steps)
                 state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1
                 values, output = train_step(batch, epoch, state.global_step)

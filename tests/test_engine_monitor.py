@@ -1,5 +1,7 @@
 """The monitors against numbers that can be worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,6 +95,25 @@ def test_probe_tells_the_score_path_from_the_value_path(probe_inputs):
     assert score[0] > score[1] > score[2] == 0
     total = values["all"]["backbone_total"]
     assert abs(total - value[0]) <= score[0] * (1 + 1e-5)  # the triangle inequality
+
+
+@pytest.mark.parametrize("opts", [(), ("MODEL.SDTPS_AFTER_BLOCK", "1")], ids=["", "after block 1"])
+@pytest.mark.parametrize("sparing", [True, False])
+def test_probe_tells_what_two_passes_from_the_images_on_would(probe_inputs, opts, sparing):
+    model, batch, loss_fn = probe_inputs(*opts)
+    found = score_gradient_probe(model, batch, loss_fn, epoch=1, sparing=sparing)
+    model.eval()
+    gradients = {}
+    for mode in ("all", "none"):
+        model.sdtps.score_grad = mode
+        output = model(batch.images, batch.camid, batch.present)
+        alone = replace(output, features={"sdtps": output.features["sdtps"]}, logits={"sdtps": output.logits["sdtps"]})
+        grads = torch.autograd.grad(loss_fn(alone, batch.pid, 1)[0], model.backbone.parameters(), allow_unused=True)
+        gradients[mode] = torch.cat([g.flatten() for g in grads if g is not None]).double()
+    assert found["backbone_total"].item() == pytest.approx(gradients["all"].norm().item(), rel=1e-5)
+    assert found["backbone_value"].item() == pytest.approx(gradients["none"].norm().item(), rel=1e-5)
+    score = (gradients["all"] - gradients["none"]).norm().item()
+    assert score > 0 and found["backbone_score"].item() == pytest.approx(score, rel=1e-3)
 
 
 def test_probe_is_silent_where_the_branch_does_not_train(probe_inputs):

@@ -77,6 +77,19 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(frozen):
     assert prepared[1].proj_bias.requires_grad and prepared[1].query_bias.requires_grad
 
 
+def test_one_pass_is_differentiated_twice():
+    """As the gradient probe does: the second time by another gradient, which is found as if it were the first."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Block(48, 3, qkv_bias=True) for _ in range(2)])
+    x = torch.randn(3, 7, 48, requires_grad=True)
+    leaves, (one, other) = [x, *blocks.parameters()], torch.randn(2, 3, 7, 48)
+    out = run_blocks(blocks, x)
+    torch.autograd.grad(out, leaves, one, retain_graph=True)
+    found = torch.autograd.grad(out, leaves, other)
+    expected = torch.autograd.grad(run_blocks(blocks, x), leaves, other)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_evaluation_skips_nothing():
     blocks = nn.ModuleList([Block(48, 3, drop_path=0.5, qkv_bias=True)])
     use_drop_path(nn.ModuleDict({"blocks": blocks}))

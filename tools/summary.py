@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 from configs import load_cfg, print_config
 from data.datasets import LAYOUTS
 from data.make_dataloader import load_splits
-from engine.processor import PROBE_SAMPLES
+from engine.monitor import PROBE_SAMPLES, probe_is_sparing
 from modeling import ReIDModel, make_model
 from solver import make_loss, make_optimizer
 from utils.cli import parse_args, run
@@ -212,7 +212,8 @@ def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[
         for step in range(2):
             if step == 1 and model.sdtps is not None and not model.frozen:
                 live.peak = live.now
-                _probe(model, loss_fn, {m: x[:PROBE_SAMPLES] for m, x in images.items()}, pid[:PROBE_SAMPLES], half)
+                some = {m: x[:PROBE_SAMPLES] for m, x in images.items()}
+                _probe(model, loss_fn, some, pid[:PROBE_SAMPLES], half, probe_is_sparing(batch))
                 probe, live.peak = live.peak, live.now
             with mixed_precision(half):
                 loss, _ = loss_fn(model(images, pid), pid, epoch)
@@ -227,19 +228,23 @@ def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[
     return known | {"activations": max(0, peak - sum(known.values())), "peak": peak}, batch
 
 
-def _probe(model: ReIDModel, loss_fn: Callable, images: dict[str, Tensor], pid: Tensor, half: bool) -> None:
+def _probe(
+    model: ReIDModel, loss_fn: Callable, images: dict[str, Tensor], pid: Tensor, half: bool, sparing: bool
+) -> None:
     """As `engine.monitor.score_gradient_probe`: gradients of the backbone twice, in evaluation mode."""
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
     checkpointed = model.backbone.grad_checkpointing
     model.eval()
-    model.backbone.set_grad_checkpointing(True)
-    kept = []
+    model.backbone.set_grad_checkpointing(checkpointed or sparing)
+    with mixed_precision(half):
+        encoded = model.encode(images, pid)
+    kept: list[tuple[Tensor, ...]] = []
     for _ in range(2):
         with mixed_precision(half):
-            output = model(images, pid)
+            output = model.decode(encoded)
             output.logits = {"sdtps": output.logits["sdtps"]}
             loss, _ = loss_fn(output, pid, 10**6)
-            kept.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+            kept.append(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=not kept))
     model.backbone.set_grad_checkpointing(checkpointed)
     model.train()
 
