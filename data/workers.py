@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from utils.distributed import local_world_size
+from utils.distributed import local_world_size, own_cores
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,7 @@ def count_workers(requested: int) -> int:
 
     More than its cores are not started; the ranks of a machine share its cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // local_world_size())
+    cores = own_cores()
     if requested < 0:
         return cores - 1
     if requested > cores:

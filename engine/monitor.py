@@ -134,10 +134,15 @@ PROBE_SAMPLES = 16
 """Of a batch, that the gradient probe looks at."""
 
 
-def probe_is_sparing(at_once: int) -> bool:
+def probe_is_sparing(at_once: int, dtype: torch.dtype | None) -> bool:
     """Whether the gradient probe checkpoints the backbone: where its samples are no small part of those that a step
-    takes at once, it would need much memory beside what a recorded step keeps for itself."""
-    return at_once < 4 * PROBE_SAMPLES
+    takes at once, or of twice the size, it would need much memory beside what a recorded step keeps for itself.
+
+    Args:
+        at_once: samples of a micro-batch.
+        dtype: autocast type of the step; the probe has bf16 or float32.
+    """
+    return at_once < 4 * PROBE_SAMPLES or dtype is torch.float16
 
 
 def score_gradient_probe(
@@ -151,8 +156,8 @@ def score_gradient_probe(
     """How the sdtps branch's loss reaches the backbone: gradient norms in total, through values and through scores, 0-d
     tensors on the device.
 
-    Runs the backbone once, in evaluation mode, and differentiates twice, once with the scores attached as the model has
-    them and once detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch
+    Encodes once, in evaluation mode, and differentiates twice, once with the scores attached as the model has them and
+    once detached; it changes no weight, no batch statistics and no gradient of the caller. Empty if the branch
     does not train in this epoch or the backbone is frozen. fp16 would lose small gradients without a scaler, so that
     float32 takes its place. Of several ranks, each looks at its own samples alone.
 

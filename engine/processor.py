@@ -144,7 +144,7 @@ def do_train(
 
             for step, batch in enumerate(bar, state.step + 1):
                 if step == min(PROBE_STEP, steps):
-                    part, sparing = batch.part(0, PROBE_SAMPLES), probe_is_sparing(at_once)
+                    part, sparing = batch.part(0, PROBE_SAMPLES), probe_is_sparing(at_once, dtype)
                     progress.probe = score_gradient_probe(model, part, loss_fn, epoch, dtype, sparing)
                 scheduler.step(epoch - 1 + (step - 1) / steps)
                 state.epoch, state.step, state.global_step = epoch - 1, step, state.global_step + 1

@@ -119,13 +119,14 @@ def relative_errors(
             loss = ((scores + predicted) * of_scores).sum() + (made * of_tokens[:, :, : made.shape[2]]).sum()
             grads = torch.autograd.grad(loss, leaves)
 
-            sdtps.score_grad = "predictor"  # similarities without a gradient, and nobody who takes the patches on
-            alone = (sdtps.score_by_kernels if kernels else sdtps.score)(
-                patches if kernels else patches.float(), g, present
-            )
-            sdtps.score_grad = "all"
-            return [scores, predicted, made, *grads, torch.autograd.grad((alone[0] * of_scores).sum(), tokens)[0]]
+            alone = []
+            for sdtps.score_grad in ("predictor", "all"):  # nobody takes the patches on
+                score = sdtps.score_by_kernels if kernels else sdtps.score
+                scored = score(patches if kernels else patches.float(), g, present)[0]
+                alone += torch.autograd.grad((scored * of_scores).sum(), tokens)
+            return [scores, predicted, made, *grads, *alone]
 
         results = differentiated(tokens, True), differentiated(tokens, False), differentiated(tokens.float(), False)
-        names = ["scores", "predicted", "tokens", "patches", "globals", *weights, "patches by the predictor"]
+        alone = ["patches by the predictor", "patches by the scores"]
+        names = ["scores", "predicted", "tokens", "patches", "globals", *weights, *alone]
         return compare(names, *results)

@@ -28,7 +28,7 @@ from modeling.kernels.attention import prefix_for, tiled_attention
 from modeling.kernels.biases import tied_biases
 from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import halves, linear
-from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, norm_for
+from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
 from utils.kernels import can_launch, compare, proven, trial
 
 ACTIVATIONS_KEPT = 0.5
@@ -245,7 +245,7 @@ def relative_errors(
     stream: torch.dtype | None = None,
 ) -> dict[str, tuple[float, float]]:
     """The largest errors of the output and of every gradient, by name, of a random ViT of three blocks, of which some
-    images skip branches, and one more branch beside them: by the kernels, and by timm's own modules in the same
+    images skip branches, and of a few norms beside it: by the kernels, and by timm's own modules in the same
     precision. What is expected are timm's in float32; see `utils.kernels.compare`.
 
     Args:
@@ -263,23 +263,29 @@ def relative_errors(
         class_tokens, positions = noise(images, kind.width), noise(num_tokens, kind.width)
         inputs = {"patches": patches, "class tokens": class_tokens, "positions": positions}
         leaves = {name: x.requires_grad_() for name, x in inputs.items()} | dict(vit.named_parameters())
-        kept = draw_kept(images, [0.0, 0.25, 0.25, 0.0, 0.25, 0.25], device)
-        bias, grad = vit["blocks"][0].mlp.fc2.bias, noise(images, num_tokens, kind.width)
+        kept = draw_kept(images, [0.0, 0.25, 0.25, 0.0, 0.25, 0.0], device)
+        added = kept[1], kept[0]  # by themselves, as where blocks are computed again, and before a last norm
+        norm, bias, grad = vit["norm"], vit["blocks"][0].mlp.fc2.bias, noise(images, num_tokens, kind.width)
 
         def differentiated(precision: torch.dtype, fused: bool) -> list[Tensor]:
             with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
                 between = torch.float32 if precision is torch.float32 else stream or stream_type(device)
                 if fused:
-                    x = embed_tokens(patches.to(precision), class_tokens, positions, vit["norm"], between)
-                    plain = embed_tokens(patches.to(precision), class_tokens, positions, None, between)
-                    plain, normed = norm_for(plain, vit["norm"], kept[1])
-                    plain = add_branch(plain, Branch(normed, bias, kept[1]))
-                    out = run_kept(vit["blocks"], x, kept, vit["norm"]) + plain
+                    x = embed_tokens(patches.to(precision), class_tokens, positions, norm, between)
+                    beside = embed_tokens(patches.to(precision), class_tokens, positions, None, between)
+                    for drawn in added:
+                        beside, normed = norm_for(beside, norm, drawn)
+                        beside = add_branch(beside, Branch(normed, bias, drawn))
+                    last, normed = norm_for(beside, norm, kept[1])
+                    last = norm_for(last, norm, kept[0], Branch(normed, bias, kept[1]))[1]
+                    out = run_kept(vit["blocks"], x, kept, norm) + last + layer_norm(beside, norm)
                 else:
-                    plain = torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions
-                    x = vit["norm"](plain).to(between)
-                    plain = plain + _share(kept[1]) * (vit["norm"](plain) + bias)
-                    out = vit["norm"](_as_written(vit["blocks"], x, kept)) + plain
+                    beside = torch.cat([class_tokens.unsqueeze(1), patches], dim=1) + positions
+                    x, beside = norm(beside).to(between), beside.to(between)
+                    for drawn in added:
+                        beside = (beside + _share(drawn) * (norm(beside) + bias)).to(between)
+                    last = (beside + _share(kept[1]) * (norm(beside) + bias)).to(between)
+                    out = norm(_as_written(vit["blocks"], x, kept)) + norm(last) + norm(beside)
             return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
 
         results = differentiated(dtype, True), differentiated(dtype, False), differentiated(torch.float32, False)

@@ -7,7 +7,7 @@ import torch
 
 from data import Batch
 from engine.meters import Meters
-from engine.monitor import PartNorms, SelectionMonitor, score_gradient_probe, selection_statistics
+from engine.monitor import PartNorms, SelectionMonitor, probe_is_sparing, score_gradient_probe, selection_statistics
 from modeling import make_model
 from modeling.sdtps import Selection
 from solver import make_loss
@@ -101,7 +101,10 @@ def test_probe_tells_the_score_path_from_the_value_path(probe_inputs):
 @pytest.mark.parametrize("sparing", [True, False])
 def test_probe_tells_what_two_passes_from_the_images_on_would(probe_inputs, opts, sparing):
     model, batch, loss_fn = probe_inputs(*opts)
+    checkpointed, encode = [], model.encode
+    model.encode = lambda *args: checkpointed.append(model.backbone.grad_checkpointing) or encode(*args)
     found = score_gradient_probe(model, batch, loss_fn, epoch=1, sparing=sparing)
+    assert checkpointed == [sparing]
     model.eval()
     gradients = {}
     for mode in ("all", "none"):
@@ -114,6 +117,11 @@ def test_probe_tells_what_two_passes_from_the_images_on_would(probe_inputs, opts
     assert found["backbone_value"].item() == pytest.approx(gradients["none"].norm().item(), rel=1e-5)
     score = (gradients["all"] - gradients["none"]).norm().item()
     assert score > 0 and found["backbone_score"].item() == pytest.approx(score, rel=1e-3)
+
+
+def test_probe_spares_memory_beside_small_steps_and_where_it_has_wider_numbers_than_they():
+    dtypes = (torch.bfloat16, None, torch.float16)
+    assert [[probe_is_sparing(n, dtype) for dtype in dtypes] for n in (63, 64)] == [[True] * 3, [False, False, True]]
 
 
 def test_probe_is_silent_where_the_branch_does_not_train(probe_inputs):

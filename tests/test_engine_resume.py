@@ -48,6 +48,8 @@ def assert_same_state(a: Path, b: Path):
 def test_a_run_in_two_parts_tells_what_one_in_one_piece_tells(tiny_yaml, tmp_path, monkeypatch, last_step):
     """Stopped between the probe and the log line with it, and at the last step of the epoch, which has two."""
     monkeypatch.setattr(processor, "PROBE_STEP", 1)
+    sparing, probe = [], processor.score_gradient_probe
+    monkeypatch.setattr(processor, "score_gradient_probe", lambda *args: sparing.append(args[5]) or probe(*args))
     options = ("SOLVER.LOG_PERIOD", "2", "SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_ITERS", "0")
 
     def records(run):
@@ -65,7 +67,7 @@ def test_a_run_in_two_parts_tells_what_one_in_one_piece_tells(tiny_yaml, tmp_pat
     diagnosis = processor.Diagnosis
     monkeypatch.setattr(processor, "Diagnosis", lambda *args: begun.append(args[2]) or diagnosis(*args))
     train(tiny_yaml, *options, "OUTPUT_DIR", str(parts), "TEST.WEIGHT", f"{parts}/last.pth")
-    assert begun == [last_step]
+    assert begun == [last_step] and sparing == [True, True]  # a batch this small
     assert ("probe", 1, True) in records("whole") and sorted(records("parts")) == sorted(records("whole"))
 
 

@@ -13,7 +13,7 @@ from modeling import fused_vit
 from modeling.backbone import Backbone
 from modeling.block_parts import use_drop_path
 from modeling.fused_vit import Kind, can_embed, kernels_agree, kind_of, relative_errors, run_blocks
-from modeling.kernels import activation, linear, residual
+from modeling.kernels import activation, attention, biases, embedding, linear, residual
 from modeling.kernels.residual import Kept, draw_kept
 from utils.kernels import triton
 
@@ -110,6 +110,48 @@ def test_the_check_s_errors_are_those_of_the_arithmetic(dtype, largest):
     assert max(by_kernels) < largest, errors
     assert max(by_timm) < largest and (max(by_timm) > 0) == (dtype is not torch.float32), errors
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
+def test_the_check_is_made_in_the_type_that_the_tokens_will_have(monkeypatch, stream):
+    seen, embed = [], fused_vit.embed_tokens
+    monkeypatch.setattr(fused_vit, "embed_tokens", lambda *args: seen.append(args[4]) or embed(*args))
+    relative_errors(SMALL, 7, torch.bfloat16, CPU, images=4, stream=stream)
+    assert seen == [stream] * 2
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.1], ids=["plain", "drop path"])
+@pytest.mark.parametrize("last", ["norm", "none", "norm apart", "checkpointed"])
+def test_every_variant_of_a_pass_is_among_those_that_were_checked(monkeypatch, drop_path, last):
+    def variants(run):
+        seen = set()
+        for module in (activation, attention, biases, embedding, linear, residual):
+            monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **o: seen.add(variant(kernel, args, o)))
+        run()
+        return seen
+
+    def variant(kernel, args, options):
+        return kernel.fn.__name__, *(getattr(arg, "dtype", type(arg)) for arg in args), *options.items()
+
+    def train():
+        blocks = [Block(16, 1, 2.5, True, drop_path=drop_path, act_layer=QuickGELU) for _ in range(4)]
+        vit = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        use_drop_path(vit)
+        x = torch.zeros(20, 7, 16, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            if last == "checkpointed":
+                out = x
+                for block in vit["blocks"]:
+                    out = run_blocks([block], out)
+            else:
+                out = run_blocks(vit["blocks"], x, nn.LayerNorm(16) if last == "norm" else None)
+            if last == "norm apart":
+                out = residual.layer_norm(out, nn.LayerNorm(16))
+        out.sum().backward()
+
+    checked = variants(lambda: relative_errors(SMALL, 7, torch.bfloat16, CPU, images=4, stream=torch.bfloat16))
+    trained = variants(train)
+    assert len(trained) > 3 and trained <= checked, trained - checked
 
 
 def scrambled(size, rates, device):

@@ -1,15 +1,27 @@
 """Kernels that are built before they are launched, by stand-ins for kernels."""
 
+import signal
 import threading
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from utils import kernels
-from utils.kernels import build_together, launch, launch_that_fits, trial
+from utils.kernels import build, build_together, launch, launch_that_fits, proven, trial
 
 triton = pytest.importorskip("triton")
+
+
+class Built:
+    """A kernel that is compiled, and loaded once its launcher is looked up."""
+
+    def __init__(self, load):
+        self.load = load
+
+    @property
+    def run(self):
+        return self.load()
 
 
 class Kernel:
@@ -24,11 +36,10 @@ class Kernel:
     def __getitem__(self, grid):
         return lambda *args, **options: self._note(self.launched, options)
 
-    def warmup(self, *args, grid, **options):
-        self._note(self.built, options)
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> Built | None:
         if self.meeting:
             self.meeting.wait(20)
-        return SimpleNamespace(run=None)
+        return Built(lambda: self._note(self.built, options))
 
     def _note(self, where, options):
         where.append(options)
@@ -70,7 +81,8 @@ def test_each_variant_of_a_pass_and_its_gradient_is_built_once_and_none_is_launc
     assert [options["N"] for options in kernel.launched] == [16, 16, 32, 32, 16] and len(kernel.built) == 3
 
 
-def test_they_are_built_at_the_same_time_and_not_by_the_thread_that_waits():
+def test_they_are_built_at_the_same_time_and_not_by_the_thread_that_waits(monkeypatch):
+    monkeypatch.setattr(kernels, "own_cores", lambda: 3)
     kernel, x = Kernel(meeting=threading.Barrier(3)), torch.zeros(1)
     build_together(lambda: [launch(kernel, (1,), x, N=n) for n in (1, 2, 3)])  # they wait for each other
     assert len(kernel.built) == 3 and threading.get_ident() not in kernel.threads
@@ -96,6 +108,60 @@ def test_what_fails_is_left_to_the_launch_to_tell():
     assert len(kernel.built) == 3
     with pytest.raises(triton.runtime.errors.OutOfResources):
         launch_that_fits(kernel, (1,), x, N=16)
+
+
+def test_a_size_that_needs_more_than_the_last_of_its_kind_gets_fewer_stages():
+    kernel, x = Kernel(), torch.zeros(1)
+    launch_that_fits(kernel, (1,), x, N=16)
+    kernel.most = 2
+    launch_that_fits(kernel, (1,), x, N=16)
+    assert [options["num_stages"] for options in kernel.launched] == [3, 3, 2]
+
+
+def test_what_is_tried_is_built_first():
+    kernel, x = Kernel(), torch.zeros(1)
+    built_before = []
+
+    def errors():
+        launch(kernel, (1,), x, N=16)
+        built_before.append(len(kernel.built))
+        return {}
+
+    assert proven(errors, "slow") and built_before == [0, 1] and len(kernel.launched) == 1
+
+
+def test_each_type_and_device_has_a_kernel_of_its_own():
+    kernel, x = Kernel(), torch.zeros(4)
+    others = [x.half(), x.to("meta"), None]
+    build_together(lambda: [launch(kernel, (1,), x, other) for other in (x, *others, x[1:])])
+    assert len(kernel.built) == 4
+
+
+def test_an_interruption_waits_for_no_kernel_that_was_not_begun(monkeypatch):
+    monkeypatch.setattr(kernels, "own_cores", lambda: 1)
+    kernel, x = Kernel(), torch.zeros(1)
+    kernel.warmup = lambda *args, grid, **options: signal.raise_signal(signal.SIGINT) or kernel.built.append(options)
+    with pytest.raises(KeyboardInterrupt):
+        build_together(lambda: [launch(kernel, (1,), x, N=n) for n in range(1000)])
+    assert len(kernel.built) < 1000
+
+
+def test_an_interruption_as_kernels_are_collected_lets_later_ones_launch():
+    kernel, x = Kernel(), torch.zeros(1)
+
+    def run():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_together(run)
+    launch(kernel, (1,), x)
+    assert len(kernel.launched) == 1
+
+
+def test_an_interpreter_that_builds_nothing_is_no_fault():
+    kernel = Kernel()
+    kernel.warmup = lambda *args, grid, **options: None
+    build(kernel, (1,), torch.zeros(1))
 
 
 def test_another_thread_launches_meanwhile():

@@ -213,7 +213,9 @@ def training_memory(cfg: CfgNode, model: ReIDModel, classes: int) -> tuple[dict[
             if step == 1 and model.sdtps is not None and not model.frozen:
                 live.peak = live.now
                 some = {m: x[:PROBE_SAMPLES] for m, x in images.items()}
-                _probe(model, loss_fn, some, pid[:PROBE_SAMPLES], half, probe_is_sparing(batch))
+                fp16 = s.AMP == "fp16"  # the probe is in float32 then
+                sparing = probe_is_sparing(batch, torch.float16 if fp16 else None)
+                _probe(model, loss_fn, some, pid[:PROBE_SAMPLES], half and not fp16, sparing)
                 probe, live.peak = live.peak, live.now
             with mixed_precision(half):
                 loss, _ = loss_fn(model(images, pid), pid, epoch)

@@ -52,7 +52,8 @@ def save_file(state: dict[str, Any], path: str | Path) -> None:
 
 
 class _BegunAtOnce:
-    """A binary file, which the disk begins with while the rest is packed, so that it is not waited for at the end."""
+    """A binary file, which the disk begins with while the rest is packed, so that it is not waited for at the end. What
+    is on the disk may leave memory, and is read from there next time."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.begun, self.size = file, 0, 0

@@ -55,6 +55,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_launched() else 1
 
 
+def own_cores() -> int:
+    """Cores that this process may use: its share of the machine's, which the ranks on it divide among them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_world_size())
+
+
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.distributed import own_cores
+
 try:
     import triton
     import triton.language as tl
@@ -71,7 +73,9 @@ def build(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
         OutOfResources: the card has less shared memory.
     """
     with torch.cuda.device_of(_tensors(args)[0]):
-        _ = kernel.warmup(*args, grid=grid, **options).run  # looked up, it is loaded
+        built = kernel.warmup(*args, grid=grid, **options)
+        if built is not None:  # Triton's interpreter builds nothing
+            _ = built.run  # looked up, it is loaded
 
 
 STAGES = (3, 2, 1)
@@ -95,7 +99,7 @@ def launch_that_fits(kernel: Any, grid: tuple[int, ...], *args: Any, **options: 
 def _by_stages(action: Callable[..., None], kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     like = _tensors(args)[0]
     known = (kernel, *options.items(), like.dtype, like.device)
-    for stages in [_fitting[known]] if known in _fitting else STAGES:
+    for stages in [stages for stages in STAGES if stages <= _fitting.get(known, STAGES[0])]:
         try:
             action(kernel, grid, *args, num_stages=stages, **options)
         except triton.runtime.errors.OutOfResources:
@@ -124,10 +128,13 @@ def build_together(run: Callable[[], object]) -> None:
         log.debug("kernels are not built together", exc_info=True)
     finally:
         _collected.builds = None
-    with ThreadPoolExecutor(thread_name_prefix="build") as pool:
+    pool = ThreadPoolExecutor(own_cores(), thread_name_prefix="build")
+    try:
         for done in [pool.submit(task) for task in builds.values()]:
             if error := done.exception():
                 log.debug("a kernel could not be built: %s", error)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted script waits for those alone that are under way
 
 
 def _variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> tuple:
