@@ -119,6 +119,12 @@ def test_probe_tells_what_two_passes_from_the_images_on_would(probe_inputs, opts
     assert score > 0 and found["backbone_score"].item() == pytest.approx(score, rel=1e-3)
 
 
+def test_probe_of_a_run_in_fp16_is_in_float32(probe_inputs):
+    model, batch, loss_fn = probe_inputs()
+    found = score_gradient_probe(model, batch, loss_fn, 1, torch.float16)
+    assert found == score_gradient_probe(model, batch, loss_fn, 1)
+
+
 def test_probe_spares_memory_beside_small_steps_and_where_it_has_wider_numbers_than_they():
     dtypes = (torch.bfloat16, None, torch.float16)
     assert [[probe_is_sparing(n, dtype) for dtype in dtypes] for n in (63, 64)] == [[True] * 3, [False, False, True]]

@@ -7,6 +7,7 @@ import torch
 
 from configs import load_cfg
 from modeling import make_model
+from tools import summary
 from tools.summary import GIB, LiveBytes, count_flops, count_tokens, main, shapes_only, summarise, training_memory
 
 
@@ -94,6 +95,17 @@ def test_micro_batches_and_float32_change_the_memory(tiny_cfg):
     whole = activations("SOLVER.AMP", "float32")
     assert 3 < whole / activations("SOLVER.AMP", "float32", "SOLVER.ACCUMULATION", "4") < 5
     assert whole > 1.3 * activations("SOLVER.AMP", "bf16")
+
+
+def test_the_probe_that_is_reckoned_is_the_run_s(tiny_cfg, monkeypatch):
+    reckoned = []
+    monkeypatch.setattr(
+        summary, "_probe", lambda model, loss_fn, images, pid, half, sparing: reckoned.append((half, sparing))
+    )
+    for amp in ("bf16", "fp16", "float32"):
+        memory_of(tiny_cfg("MODEL.DEPTH", "1", "SOLVER.IMS_PER_BATCH", "64", "SOLVER.AMP", amp))
+    memory_of(tiny_cfg("MODEL.DEPTH", "1", "SOLVER.IMS_PER_BATCH", "64", "SOLVER.ACCUMULATION", "2"))
+    assert reckoned[:3] == [(True, False), (False, True), (False, False)] and reckoned[3][1]
 
 
 def test_the_command_prints_a_table(tiny_yaml, capsys):
