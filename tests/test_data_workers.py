@@ -16,6 +16,13 @@ def test_workers_are_limited_with_a_notice(monkeypatch, caplog):
     assert "4 workers instead of 8" in caplog.text
 
 
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert module.count_workers(-1) == 2 and module.count_workers(8) == 3
+
+
 def test_workers_fit_into_shared_memory(monkeypatch, caplog):
     usage = SimpleNamespace(free=64 * 2**20)  # a container's default
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)

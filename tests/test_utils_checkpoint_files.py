@@ -66,9 +66,9 @@ def test_the_disk_begins_before_all_is_packed_where_it_takes_advice(tmp_path, mo
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(checkpoint, "BEGIN_AFTER", 100_000)
-    state = {str(i): torch.rand(200 if i % 2 else 30_000) for i in range(20)}
+    state = {str(i): torch.rand(300) for i in range(500)}  # small ones, of which the file's buffer holds a few
     save_file(state, tmp_path / "a.pth")
-    assert len(begun) == 10 and begun[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(begun))
+    assert len(begun) > 5 and begun[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(begun))
     read = read_file(tmp_path / "a.pth")
     assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
 
