@@ -12,7 +12,7 @@ from configs import load_cfg, print_config
 from data import make_dataloader
 from engine import do_inference
 from engine.checkpoint import config_changes, stored_config
-from engine.device import select_device, spare_workspace
+from engine.device import prepare_cuda, select_device
 from engine.launch import join_ranks, launch
 from modeling.trained import load_trained
 from utils.checkpoint import read_file
@@ -34,7 +34,7 @@ def main(config_file: str, opts: list[str]) -> None:
     cfg = load_cfg(config_file, opts)
     if not cfg.TEST.WEIGHT:
         raise UserError("TEST.WEIGHT is empty: add TEST.WEIGHT <checkpoint> to the command, see --help.")
-    spare_workspace()
+    prepare_cuda()
     device = select_device(cfg.MODEL.DEVICE)
     join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)

@@ -11,7 +11,7 @@ from configs import load_cfg, print_config, warn
 from data import make_dataloader
 from engine import do_train
 from engine.checkpoint import read_start
-from engine.device import select_device, spare_workspace
+from engine.device import prepare_cuda, select_device
 from engine.launch import join_ranks, launch
 from engine.output import check_output_dir
 from modeling import make_model
@@ -32,7 +32,7 @@ def main(config_file: str, opts: list[str]) -> None:
     setup_logging()
     cfg = load_cfg(config_file, opts)
     warn(cfg)
-    spare_workspace()
+    prepare_cuda()
     device = select_device(cfg.MODEL.DEVICE)
     join_ranks(device, cfg.SOLVER.RANK_TIMEOUT)
     start = read_start(cfg.TEST.WEIGHT)

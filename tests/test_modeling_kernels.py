@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from modeling.kernels.embedding import embed_tokens
 from modeling.kernels.linear import linear
 from modeling.kernels.residual import Branch, Kept, add_branch, draw_kept, layer_norm, norm_for
 from utils import kernels
-from utils.kernels import triton
+from utils.kernels import build_together, trial, triton
 
 pytestmark = pytest.mark.skipif(triton is None, reason="builds of torch without CUDA come without Triton")
 
@@ -83,6 +84,28 @@ def test_a_card_with_less_shared_memory_fetches_less_far_ahead_or_leaves_attenti
     assert attention.first_that_fits(attempt) == found
     monkeypatch.setattr(attention, "images_at_once", lambda *args: found)
     assert prefix_for(129, 12, 64, torch.bfloat16, CPU) == (1 if found else 0)
+
+
+def test_how_far_ahead_it_fetches_is_found_beside_other_builds(monkeypatch):
+    tried = []
+
+    def found(*args):
+        tried.append((*args, threading.get_ident()))
+        return 1
+
+    monkeypatch.setattr(attention, "images_at_once", found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    qkv = torch.randn(2, 33, 3 * 16, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        with trial(CPU):
+            tiled_attention(qkv, 1, prefix_for(33, 1, 16, qkv.dtype, CPU)).sum().backward()
+
+    build_together(run)
+    ((*known, thread),) = tried
+    assert known == [33, 1, 1, 16, qkv.dtype, CPU] and thread != threading.get_ident()
+    run()
+    assert [others[-1] for others in tried[1:]] == 2 * [threading.get_ident()]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils import kernels
-from utils.kernels import build, build_together, launch, launch_that_fits, proven, trial
+from utils.kernels import build, build_together, launch, launch_that_fits, proven, put_off, trial
 
 triton = pytest.importorskip("triton")
 
@@ -87,6 +87,24 @@ def test_they_are_built_at_the_same_time_and_not_by_the_thread_that_waits(monkey
     kernel, x = Kernel(meeting=threading.Barrier(3)), torch.zeros(1)
     build_together(lambda: [launch(kernel, (1,), x, N=n) for n in (1, 2, 3)])  # they wait for each other
     assert len(kernel.built) == 3 and threading.get_ident() not in kernel.threads
+
+
+def test_a_task_that_is_put_off_runs_once_beside_the_builds(monkeypatch):
+    monkeypatch.setattr(kernels, "own_cores", lambda: 2)
+    meeting, ran = threading.Barrier(2), []
+    kernel, x = Kernel(meeting=meeting), torch.zeros(1)
+
+    def task(*args):
+        meeting.wait(20)
+        ran.append(args)
+
+    def run():
+        launch(kernel, (1,), x)
+        assert put_off(task, 1, 2) and put_off(task, 1, 2) and ran == []
+
+    build_together(run)
+    assert ran == [(1, 2)] and len(kernel.built) == 1
+    assert not put_off(task, 3) and len(ran) == 1
 
 
 @pytest.mark.parametrize("most", [3, 2, 1])

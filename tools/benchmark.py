@@ -31,7 +31,7 @@ from configs import load_cfg
 from data import Batch, make_dataloader
 from engine.compile import compile_training, should_compile
 from engine.cuda_graph import WARM_UP, WARM_UP_OF_RANKS, recording_stream
-from engine.device import autocast_dtype, select_device, spare_workspace
+from engine.device import autocast_dtype, prepare_cuda, select_device
 from engine.evaluator import evaluate
 from engine.guard import FiniteGuard
 from engine.launch import join_ranks, launch
@@ -66,7 +66,7 @@ class StepBench:
     """A training step on random batches, as `engine.do_train` makes it. Each rank has the config's batch."""
 
     def __init__(self, cfg: CfgNode):
-        self.device = select_device(cfg.MODEL.DEVICE)
+        self.device = _device(cfg)
         seed_everything(cfg.SOLVER.SEED, deterministic=cfg.SOLVER.DETERMINISTIC)
         self.batch_size, self.instances = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_INSTANCE
         self.model = make_model(cfg, num_classes=IDS, num_cameras=CAMERAS, pretrained=False).to(self.device)
@@ -103,6 +103,12 @@ class StepBench:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _device(cfg: CfgNode) -> torch.device:
+    """The device as train_net.py takes it; not for rows that start it, which it shall set up by itself."""
+    prepare_cuda()
+    return select_device(cfg.MODEL.DEVICE)
 
 
 def time_steps(cfg: CfgNode, repeats: int) -> Row:
@@ -157,7 +163,7 @@ def compare_losses(cfg: CfgNode, repeats: int) -> Row:
 def check_kernels(cfg: CfgNode, repeats: int) -> Row:
     """The largest relative error of output and gradients of fused blocks of the config's kind against timm's in
     float32, beside the error of timm's under autocast."""
-    device = select_device(cfg.MODEL.DEVICE)
+    device = _device(cfg)
     backbone = make_model(cfg, num_classes=IDS, num_cameras=CAMERAS, pretrained=False).backbone
     kind, dtype = fused_vit.kind_of(backbone.vit.blocks[0]), autocast_dtype(cfg.SOLVER.AMP, device)
     if kind is None or dtype is None or not can_launch(device):
@@ -170,7 +176,7 @@ def check_kernels(cfg: CfgNode, repeats: int) -> Row:
 
 def time_evaluation(cfg: CfgNode, repeats: int) -> Row:
     """Triples a second from decoded images to the metrics of all branches."""
-    device = select_device(cfg.MODEL.DEVICE)
+    device = _device(cfg)
     data = make_dataloader(cfg, train=False)
     model = make_model(cfg, num_classes=IDS, num_cameras=data.num_cameras, pretrained=False).to(device).eval()
     replayed = recording_stream(cfg, model) is not None  # as in training, which decides
@@ -187,7 +193,7 @@ def time_evaluation(cfg: CfgNode, repeats: int) -> Row:
 
 def rank_gallery(cfg: CfgNode, repeats: int) -> Row:
     """Ranking 1,000 queries against a gallery of 100,000 with the features of both branches."""
-    device = select_device(cfg.MODEL.DEVICE)
+    device = _device(cfg)
     width = 2 * 3 * 512
     query, gallery = torch.randn(1000, width, device=device), torch.randn(100_000, width, device=device)
     labels = [torch.arange(n) % 1500 for n in (1000, 100_000)] + [torch.arange(n) % 8 for n in (1000, 100_000)]
@@ -312,7 +318,6 @@ ROWS: dict[str, tuple[Callable[..., Row], tuple[str, ...]]] = {
 
 def main(args: argparse.Namespace) -> None:
     setup_logging(level=logging.WARNING)
-    spare_workspace()
     if args.profile:
         log.warning("%s", profile_step(load_cfg(args.config_file, [*RANDOM_WEIGHTS, *args.opts])))
         return
@@ -320,7 +325,7 @@ def main(args: argparse.Namespace) -> None:
         measure, opts = ROWS[args.row]
         cfg = load_cfg(args.config_file, [*RANDOM_WEIGHTS, *opts, *args.opts])
         if is_launched():
-            join_ranks(select_device(cfg.MODEL.DEVICE), cfg.SOLVER.RANK_TIMEOUT)
+            join_ranks(_device(cfg), cfg.SOLVER.RANK_TIMEOUT)
         extra = {"ranks": args.ranks} if args.row.startswith("ranks") else {}
         found = measure(cfg, args.repeats, **extra)
         if is_main():

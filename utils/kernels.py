@@ -51,10 +51,18 @@ def has_triton() -> bool:
 class _Collected(threading.local):
     """What a thread would have launched, one of each variant; None where it launches."""
 
-    builds: dict[tuple, Callable[[], None]] | None = None
+    builds: dict[tuple, Callable[[], object]] | None = None
 
 
 _collected = _Collected()
+
+
+def put_off(task: Callable[..., object], *args: Any) -> bool:
+    """Whether a task waits to be run beside the builds of `build_together`: within its `run`, and nowhere else."""
+    if _collected.builds is None:
+        return False
+    _collected.builds.setdefault((task, *args), partial(task, *args))
+    return True
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -120,7 +128,7 @@ def build_together(run: Callable[[], object]) -> None:
     """
     if not torch.cuda.is_available():
         return
-    builds: dict[tuple, Callable[[], None]] = {}
+    builds: dict[tuple, Callable[[], object]] = {}
     _collected.builds = builds
     try:
         run()

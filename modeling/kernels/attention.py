@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from utils.kernels import build, launch, tl, triton
+from utils.kernels import build, launch, put_off, tl, triton
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def prefix_for(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtyp
     card."""
     prefixes = (num_tokens - patches for patches in PATCHES if 1 <= num_tokens - patches <= MAX_PREFIX)
     prefix = next(prefixes, 0) if head_dim in HEAD_DIMS else 0
-    return prefix if prefix and images_at_once(num_tokens, prefix, num_heads, head_dim, dtype, device) else 0
+    known = num_tokens, prefix, num_heads, head_dim, dtype, device
+    return prefix if prefix and (put_off(images_at_once, *known) or images_at_once(*known)) else 0
 
 
 @functools.cache
@@ -103,8 +104,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out):  # type: ignore[override]
         (qkv,), sizes = ctx.saved_tensors, ctx.sizes
-        ahead = images_at_once(qkv.shape[1], sizes["P"], sizes["H"], sizes["D"], qkv.dtype, qkv.device)
-        return _launch_gradient(qkv, grad_out, sizes, ahead, launch), None, None
+        known = qkv.shape[1], sizes["P"], sizes["H"], sizes["D"], qkv.dtype, qkv.device
+        if put_off(images_at_once, *known):  # which builds the kernel as it will be launched
+            return torch.empty_like(qkv), None, None
+        return _launch_gradient(qkv, grad_out, sizes, images_at_once(*known), launch), None, None
 
 
 def _sizes(qkv: Tensor, num_heads: int, num_prefix: int) -> dict[str, int]:
