@@ -19,6 +19,7 @@ from engine import do_train, evaluate, interrupt
 from engine.checkpoint import read_start
 from engine.guard import FiniteGuard, NonFiniteError
 from engine.meters import Meters
+from engine.parallel import parallel
 from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
 from solver import create_scheduler, make_loss, make_optimizer
@@ -129,7 +130,11 @@ def main(rank: int, world_size: int, port: int, folder: Path, config: str) -> No
     found: dict = {}
     x, weights = (t.chunk(world_size)[rank] for t in batch_of_eight())
     found["norm"] = normalise(x, weights, SyncedBatchNorm1d)
-    found["uneven"] = normalise(*(t[:5] if rank == 0 else t[5:] for t in batch_of_eight()), SyncedBatchNorm1d)
+
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 4))
+    nn.init.normal_(network[1].weight)
+    found["start"] = [p.detach() for p in parallel(network).parameters()]
 
     meters = Meters()
     meters.update({"a": torch.tensor(1.0 + 2 * rank), "b": torch.tensor(float("nan") if rank else 5.0)})

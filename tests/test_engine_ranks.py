@@ -96,20 +96,49 @@ def test_a_batch_that_cannot_be_divided_says_what_fits(found):
         )
 
 
+def test_all_begin_with_the_weights_of_the_main_rank(found):
+    torch.manual_seed(0)
+    expected = nn.Linear(3, 2)
+    assert torch.equal(found[0]["start"][0], expected.weight) and torch.equal(found[0]["start"][1], expected.bias)
+    assert all(torch.equal(a, b) for a, b in zip(found[0]["start"], found[1]["start"], strict=True))
+
+
 # batch statistics
 
 
 def test_synchronised_statistics_are_those_of_the_joined_batch(found):
-    for key in ("norm", "uneven"):
-        expected = ranks.normalise(*ranks.batch_of_eight(), nn.BatchNorm1d)
-        for name in ("y", "x", "eval"):
-            joined = torch.cat([rank[key][name] for rank in found])
-            torch.testing.assert_close(joined, expected[name], rtol=1e-4, atol=2e-5, msg=f"{key} {name}")
-        for name in ("weight", "bias"):
-            torch.testing.assert_close(found[0][key][name] + found[1][key][name], expected[name], rtol=1e-4, atol=1e-4)
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            torch.testing.assert_close(found[0][key][name], expected[name])
-            assert torch.equal(found[0][key][name], found[1][key][name])
+    expected = ranks.normalise(*ranks.batch_of_eight(), nn.BatchNorm1d)
+    for name in ("y", "x", "eval"):
+        joined = torch.cat([rank["norm"][name] for rank in found])
+        torch.testing.assert_close(joined, expected[name], rtol=1e-4, atol=2e-5, msg=name)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(
+            found[0]["norm"][name] + found[1]["norm"][name], expected[name], rtol=1e-4, atol=1e-4
+        )
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(found[0]["norm"][name], expected[name])
+        assert torch.equal(found[0]["norm"][name], found[1]["norm"][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norm_over_ranks_of_one_is_batch_norm(dtype):
+    torch.manual_seed(0)
+    one, other = SyncedBatchNorm1d(6), nn.BatchNorm1d(6)
+    nn.init.normal_(one.weight)
+    nn.init.normal_(one.bias)
+    other.load_state_dict(one.state_dict())
+    one, other = (norm.double() if dtype is torch.float64 else norm for norm in (one, other))
+    x, grad = (3 + torch.randn(7, 6)).to(dtype), torch.randn(7, 6).to(dtype)
+    found = []
+    for norm, forward in ((one, one._over_ranks), (other, other)):
+        own = x.clone().requires_grad_()
+        y = forward(own)
+        y.backward(grad)
+        assert y.dtype is own.grad.dtype is dtype
+        found.append([y, own.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    rtol, atol = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}[dtype]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_alone_it_is_batch_norm_and_compiles_in_one_piece():

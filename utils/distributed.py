@@ -6,7 +6,7 @@ group that never waits for a device.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -84,6 +84,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_alike(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape (n, …), on every rank: (R, n, …) without a gradient."""
+    if world_size() == 1:
+        return tensor.unsqueeze(0)
+    joined = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+    renamed = hasattr(dist, "all_gather_single")  # since torch 2.14
+    gather = dist.all_gather_single if renamed else dist.all_gather_into_tensor
+    gather(joined, tensor.contiguous())
+    return joined.unflatten(0, (world_size(), len(tensor)))
+
+
 def average(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Means over the ranks of 0-d tensors, in one message; the host does not wait for the device."""
     if world_size() == 1:
@@ -101,6 +112,13 @@ def any_rank(flags: Tensor) -> Tensor:
     return flags.bool()
 
 
+def take_from_main(tensors: Sequence[Tensor]) -> None:
+    """Overwrites tensors with those of the main rank."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows (n, …) of each rank -> (sum of n, …) on the main rank, in the order of the ranks; the others keep theirs."""
     if world_size() == 1:
@@ -113,18 +131,6 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]) if parts else rows
 
 
-class SumOverRanks(torch.autograd.Function):
-    """Sum of the tensors of all ranks. Its gradient is that of all ranks' losses together: their sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_ranks(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return sum_over_ranks(gradient)
-
-
 class GatherBatch(torch.autograd.Function):
     """Features (b, D) of each rank -> (R * b, D) on every rank, for a loss that all ranks compute alike from them.
 
@@ -134,9 +140,7 @@ class GatherBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
-        parts = [torch.empty_like(features) for _ in range(world_size())]
-        dist.all_gather(parts, features.contiguous())
-        return torch.cat(parts)
+        return gather_alike(features).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
