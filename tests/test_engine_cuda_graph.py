@@ -269,10 +269,10 @@ def test_what_exchanges_gradients_is_made_on_the_stream_of_the_recording(tiny_cf
     objective = Objective(make_model(cfg, num_classes=6, num_cameras=2, pretrained=False), make_loss(cfg, 6))
     monkeypatch.setattr(engine.parallel, "world_size", lambda: 2)
 
-    def wrapped(module, **options):
+    def wrapped(parallel, module, **options):
         made.append((module, fake_streams[-1], options["find_unused_parameters"]))
 
-    monkeypatch.setattr(engine.parallel, "DistributedDataParallel", wrapped)
+    monkeypatch.setattr(engine.parallel.DistributedDataParallel, "__init__", wrapped)
     engine.parallel.parallel(objective, [], stream)
     engine.parallel.parallel(objective, ["sdtps.scale"], None)
     assert made == [(objective, stream, False), (objective, fake_streams[-1], True)]
