@@ -57,9 +57,9 @@ def parallel(
     if world_size() == 1:
         return objective
     with on_stream(stream):
-        vectors = [name for name, p in objective.named_parameters() if _is_vector(p)]
-        take_from_main([p for p in objective.parameters() if _is_vector(p)])
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, vectors)
+        vectors = {name: p for name, p in objective.named_parameters() if _is_vector(p)}
+        take_from_main(vectors.values())
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(vectors))
         return DistributedDataParallel(
             objective,
             broadcast_buffers=False,  # batch statistics are synchronised where they are made
@@ -70,17 +70,19 @@ def parallel(
 
 
 def _is_vector(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and parameter.dim() == 1
+    return parameter.requires_grad and parameter.dim() < 2
 
 
 def average_vectors(objective: nn.Module) -> None:
-    """Averages over the ranks, in one message, the gradients that DistributedDataParallel leaves alone: of vectors.
+    """Averages over the ranks, in one message, the gradients that DistributedDataParallel leaves alone: of vectors,
+    and of single values.
 
-    It copies each gradient by a kernel of its own, and two thirds of a ViT's parameters are vectors: biases and norms.
+    It copies each gradient by a kernel of its own, a slow one behind the first of an odd length; and two thirds of a
+    ViT's parameters are vectors: biases and norms.
     """
     if world_size() == 1:
         return
-    grads = [p.grad for p in objective.parameters() if _is_vector(p) and p.grad is not None]
+    grads = [p.grad.view(-1) for p in objective.parameters() if _is_vector(p) and p.grad is not None]
     if grads:
         mean = sum_over_ranks(torch.cat(grads)) / world_size()
         torch._foreach_copy_(grads, mean.split([len(grad) for grad in grads]))

@@ -6,7 +6,7 @@ group that never waits for a device.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -112,7 +112,7 @@ def any_rank(flags: Tensor) -> Tensor:
     return flags.bool()
 
 
-def take_from_main(tensors: Sequence[Tensor]) -> None:
+def take_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrites tensors with those of the main rank."""
     if world_size() > 1:
         for tensor in tensors:
