@@ -71,6 +71,7 @@ def select_device(name: str = "auto") -> torch.device:
 EXTENDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables of torch's allocator, the second the older one, which every version reads."""
+_REGISTER = "NCCL_GRAPH_REGISTER"
 
 
 def prepare_cuda() -> None:
@@ -79,17 +80,18 @@ def prepare_cuda() -> None:
 
     - cuBLAS does without a workspace, which it would have cleared before each product that wants one: a step is 0.8 %
       faster (one H100, torch 2.11).
-    - torch's allocator extends its blocks in place of adding new ones, so that a run keeps two thirds of the memory.
-      Not of several ranks: NCCL registers what it sends while a step is recorded, and would hang over such blocks
-      (pytorch#158029). Where the environment asks for them, it registers nothing.
+    - torch's allocator extends its blocks in place of adding new ones, so that a run keeps two thirds of the memory. Of
+      several ranks NCCL must then not register what it sends while a step is recorded: over such blocks it would hang
+      (pytorch#158029). Where it is told to, they stay as they are.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     warnings.filterwarnings("ignore", "Requested unified CUBLASLT workspace")  # it then does without one as well
     several = is_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    if not several and not any(name in os.environ for name in _ALLOCATOR):
+    registers = several and os.environ.get(_REGISTER, "0") != "0"
+    if not registers and not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[-1]] = EXTENDABLE
     if several and _extends():
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        os.environ.setdefault(_REGISTER, "0")
 
 
 def _extends() -> bool:

@@ -14,7 +14,7 @@ from engine.cuda_graph import Pass, ReplayedPass
 from engine.device import autocast_dtype
 from engine.guard import FiniteGuard
 from engine.monitor import PartNorms
-from engine.parallel import Objective, average_vectors
+from engine.parallel import Objective
 from modeling import ReIDOutput
 from utils.modalities import MODALITIES
 
@@ -88,7 +88,6 @@ class TrainStep:
             for name, value in {"loss": loss, **terms, "acc": accuracy(output, part.pid)}.items():
                 share = value.detach() / self.parts if self.parts > 1 else value.detach()
                 values[name] = values[name] + share if name in values else share
-        average_vectors(self.objective)
         return values, output
 
 

@@ -62,14 +62,16 @@ def test_products_without_a_workspace_warn_of_nothing():
         (RANKS | {"WORLD_SIZE": "1"}, {ALLOCATOR: "expandable_segments:True"}),
         ({ALLOCATOR: "expandable_segments:False"}, {}),
         ({NEWER: "max_split_size_mb:512"}, {}),
-        (RANKS, {}),
+        (RANKS, {ALLOCATOR: "expandable_segments:True", REGISTER: "0"}),
+        (RANKS | {REGISTER: "0"}, {ALLOCATOR: "expandable_segments:True"}),
+        (RANKS | {REGISTER: "1"}, {}),
         (RANKS | {ALLOCATOR: "expandable_segments:True"}, {REGISTER: "0"}),
         (RANKS | {NEWER: "max_split_size_mb:512,expandable_segments:True"}, {REGISTER: "0"}),
         (RANKS | {NEWER: "expandable_segments:True", REGISTER: "1"}, {}),
         (RANKS | {ALLOCATOR: "expandable_segments:False"}, {}),
     ],
 )
-def test_memory_is_extended_but_never_what_ranks_would_register(own, added):
+def test_memory_is_extended_and_ranks_register_none_of_it(own, added):
     os.environ.update(own, **{KEY: ":0:0"})
     before = dict(os.environ)
     prepare_cuda()

@@ -6,7 +6,7 @@ group that never waits for a device.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -110,13 +110,6 @@ def any_rank(flags: Tensor) -> Tensor:
     flags = flags.to(torch.uint8)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags.bool()
-
-
-def take_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrites tensors with those of the main rank."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
