@@ -56,12 +56,13 @@ def select_device(name: str = "auto") -> torch.device:
         try:
             if device.index is not None:
                 torch.cuda.set_device(device)
-            torch.zeros(1, device=device).add_(1).item()
+            _try_memory(device)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            driver = f", or {_ALLOCATOR[-1]}=expandable_segments:False if its driver is to blame" if _extends() else ""
             raise UserError(
                 f"torch {torch.__version__} cannot use {torch.cuda.get_device_name(device)}: {error}. Install a build "
-                f"that supports this card{driver}, or set MODEL.DEVICE cpu to go on without it."
+                "that supports this card, or set MODEL.DEVICE cpu to go on without it."
             ) from error
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("MODEL.DEVICE is 'mps', but torch sees no Apple GPU. Set MODEL.DEVICE auto or cpu.")
@@ -69,8 +70,9 @@ def select_device(name: str = "auto") -> torch.device:
 
 
 EXTENDABLE = "expandable_segments:True"
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Variables of torch's allocator, the second the older one, which every version reads."""
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables of torch's allocator. The first is read by every version, though 2.9 to 2.11 may call it deprecated: 2.9.1
+reads no other one for this (pytorch#183387)."""
 _REGISTER = "NCCL_GRAPH_REGISTER"
 
 
@@ -82,21 +84,46 @@ def prepare_cuda() -> None:
       faster (one H100, torch 2.11).
     - torch's allocator extends its blocks in place of adding new ones, so that a run keeps two thirds of the memory. Of
       several ranks NCCL must then not register what it sends while a step is recorded: over such blocks it would hang
-      (pytorch#158029). Where it is told to, they stay as they are.
+      (pytorch#158029). Where it is told to, the blocks stay as they are.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     warnings.filterwarnings("ignore", "Requested unified CUBLASLT workspace")  # it then does without one as well
     several = is_launched() and int(os.environ["WORLD_SIZE"]) > 1
     registers = several and os.environ.get(_REGISTER, "0") != "0"
     if not registers and not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[-1]] = EXTENDABLE
-    if several and _extends():
+        os.environ[_ALLOCATOR[0]] = EXTENDABLE
+    if several and any(EXTENDABLE in os.environ.get(name, "").replace(" ", "") for name in _ALLOCATOR):
         os.environ.setdefault(_REGISTER, "0")
 
 
-def _extends() -> bool:
-    """Whether the environment has torch's allocator extend its blocks."""
-    return any(EXTENDABLE in os.environ.get(name, "") for name in _ALLOCATOR)
+TRIED = 2**24
+"""Values, 64 MiB: large tensors lie in blocks of another kind than small ones."""
+
+
+def _try_memory(device: torch.device) -> None:
+    """Uses some memory of a card. Where blocks that extend fail, as with some drivers of WSL2 and on Jetson, the
+    allocator does without from then on.
+
+    Raises:
+        RuntimeError: the card cannot be used; torch.OutOfMemoryError: it is full.
+    """
+
+    def use() -> None:
+        torch.zeros(TRIED, device=device).add_(1).sum().item()
+
+    try:
+        use()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if os.environ.get(_ALLOCATOR[0]) != EXTENDABLE:
+            raise
+        told = str(error).strip().splitlines() or [""]
+        log.warning("blocks of memory cannot be extended, so a run keeps more of the card: %s", told[0])
+        os.environ[_ALLOCATOR[0]] = without = "expandable_segments:False"
+        since_2_10 = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (since_2_10 or torch.cuda.memory._set_allocator_settings)(without)
+        use()
 
 
 def _nvidia_card() -> str | None:

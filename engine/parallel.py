@@ -18,8 +18,9 @@ from utils.distributed import gather_batch, world_size
 from utils.modalities import MODALITIES
 
 BUCKET_MIB = 160
-"""Of gradients in one message of DistributedDataParallel's. Each holds up the products that run beside it, and the last
-one the update: of ViT-B/16's 330 MiB on two H200, 60 to 160 are as fast, torch's 25 and a single message slower."""
+"""Size of the messages in which DistributedDataParallel sends gradients. A message holds up the products that run
+beside it, and the last one the update: for ViT-B/16's 330 MiB on two H200, 60 to 160 are as fast, torch's 25 and a
+single message slower."""
 
 
 class Objective(nn.Module):

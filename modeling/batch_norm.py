@@ -43,7 +43,7 @@ class _NormOverRanks(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, dim=0, correction=0)
         means, variances = gather_alike(torch.stack([mean, var])).unbind(1)  # (R, C) each
-        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)  # of equal groups
+        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)  # batches of one size
         rstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, var)

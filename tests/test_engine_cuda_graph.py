@@ -271,6 +271,7 @@ def test_what_exchanges_gradients_is_made_on_the_stream_of_the_recording(tiny_cf
 
     def wrapped(parallel, module, **options):
         made.append((module, fake_streams[-1], options["find_unused_parameters"]))
+        assert options["bucket_cap_mb"] == 160
 
     monkeypatch.setattr(engine.parallel.DistributedDataParallel, "__init__", wrapped)
     engine.parallel.parallel(objective, [], stream)

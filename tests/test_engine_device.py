@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 
+import test_net
+import train_net
 from engine.device import prepare_cuda, select_device
 from utils.errors import UserError
 from utils.seed import seed_everything
@@ -66,7 +68,7 @@ def test_products_without_a_workspace_warn_of_nothing():
         (RANKS | {REGISTER: "0"}, {ALLOCATOR: "expandable_segments:True"}),
         (RANKS | {REGISTER: "1"}, {}),
         (RANKS | {ALLOCATOR: "expandable_segments:True"}, {REGISTER: "0"}),
-        (RANKS | {NEWER: "max_split_size_mb:512,expandable_segments:True"}, {REGISTER: "0"}),
+        (RANKS | {NEWER: "max_split_size_mb:512, expandable_segments : True"}, {REGISTER: "0"}),
         (RANKS | {NEWER: "expandable_segments:True", REGISTER: "1"}, {}),
         (RANKS | {ALLOCATOR: "expandable_segments:False"}, {}),
     ],
@@ -78,16 +80,62 @@ def test_memory_is_extended_and_ranks_register_none_of_it(own, added):
     assert dict(os.environ) == before | added
 
 
-def test_a_card_that_cannot_be_used_is_told_with_the_way_out(monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("CUDA driver error: operation not supported")
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose memory fails as often as the list has errors; what the allocator was told."""
+    errors, told = [], []
+
+    def zeros(count, device):
+        if errors:
+            raise errors.pop(0)
+        return torch.ones(count)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(torch, "zeros", fail)
-    with pytest.raises(UserError, match="a card: CUDA driver error: operation not supported") as told:
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    return errors, told
+
+
+def test_a_card_that_cannot_be_used_is_told(card):
+    errors, told = card
+    errors += [RuntimeError("no kernel image")]
+    with pytest.raises(UserError, match="cannot use a card: no kernel image. Install a build"):
         select_device("cuda")
-    assert "expandable_segments" not in str(told.value)
+    assert not errors and not told
     prepare_cuda()
-    with pytest.raises(UserError, match="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False if its driver is to blame"):
+    errors += 2 * [RuntimeError("no kernel image")]
+    with pytest.raises(UserError, match="cannot use a card: no kernel image. Install a build"):
         select_device("cuda")
+    assert not errors
+
+
+def test_where_memory_cannot_be_extended_it_is_not(card, caplog):
+    errors, told = card
+    prepare_cuda()
+    errors += [RuntimeError("CUDA driver error: operation not supported")]
+    assert select_device("cuda").type == "cuda"
+    assert told == ["expandable_segments:False"] == [os.environ[ALLOCATOR]] and "operation not supported" in caplog.text
+
+
+def test_a_card_that_is_full_is_not_one_that_cannot_be_used(card):
+    errors, told = card
+    prepare_cuda()
+    errors += [torch.OutOfMemoryError("CUDA out of memory")]
+    with pytest.raises(torch.OutOfMemoryError):
+        select_device("cuda")
+    assert not told and os.environ[ALLOCATOR] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(("script", "weight"), [(train_net, ""), (test_net, "some.pth")])
+def test_scripts_prepare_cuda_before_they_use_it(monkeypatch, script, weight):
+    class Reached(Exception):
+        pass
+
+    def select(name):
+        assert os.environ[ALLOCATOR] == "expandable_segments:True"
+        raise Reached
+
+    monkeypatch.setattr(script, "select_device", select)
+    with pytest.raises(Reached):
+        script.main("configs/sample/DeMo_SDTPS.yml", ["TEST.WEIGHT", weight])

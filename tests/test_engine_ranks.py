@@ -122,23 +122,26 @@ def test_synchronised_statistics_are_those_of_the_joined_batch(found):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_over_ranks_of_one_is_batch_norm(dtype):
+    """Whatever the type of the features, sums are in float32 at least: only what goes out is rounded."""
     torch.manual_seed(0)
-    one, other = SyncedBatchNorm1d(6), nn.BatchNorm1d(6)
+    wide = torch.promote_types(dtype, torch.float32)
+    one, other = SyncedBatchNorm1d(6).to(wide), nn.BatchNorm1d(6).to(wide)
     nn.init.normal_(one.weight)
     nn.init.normal_(one.bias)
     other.load_state_dict(one.state_dict())
-    one, other = (norm.double() if dtype is torch.float64 else norm for norm in (one, other))
-    x, grad = (3 + torch.randn(7, 6)).to(dtype), torch.randn(7, 6).to(dtype)
-    found = []
-    for norm, forward in ((one, one._over_ranks), (other, other)):
-        own = x.clone().requires_grad_()
-        y = forward(own)
-        y.backward(grad)
-        assert y.dtype is own.grad.dtype is dtype
-        found.append([y, own.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
-    rtol, atol = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}[dtype]
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    x, grad = (3 + torch.randn(70, 6)).to(dtype), torch.randn(70, 6).to(dtype)
+    own, expected = x.clone().requires_grad_(), x.to(wide).requires_grad_()
+    y, z = torch.compile(one._over_ranks, backend="eager")(own), other(expected)
+    y.backward(grad)
+    z.backward(grad.to(wide))
+    assert y.dtype is own.grad.dtype is dtype
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-5
+    of_one, of_other = ([norm.weight.grad, norm.bias.grad, *norm.buffers()] for norm in (one, other))
+    for a, b in zip(of_one, of_other, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    rounded = max(tolerance, torch.finfo(dtype).eps)
+    for a, b in ((y, z), (own.grad, expected.grad)):
+        torch.testing.assert_close(a.to(wide), b, rtol=rounded, atol=tolerance)
 
 
 def test_alone_it_is_batch_norm_and_compiles_in_one_piece():

@@ -126,6 +126,7 @@ def test_gradients_of_few_weights_are_made_in_parts_of_many_rows(monkeypatch, ro
     torch.testing.assert_close(found, torch.einsum("mw,mv->wv", grad_out, x))
     assert batches == ([parts] if parts > 1 else [])
     linear_kernels.weight_gradient(more, x, torch.float64)
+    linear_kernels.weight_gradient(grad_out[None], x[None], torch.float64)  # a batch of one, which is in parts already
     assert len(batches) == (parts > 1)
 
 

@@ -106,7 +106,7 @@ class StepBench:
 
 
 def _device(cfg: CfgNode) -> torch.device:
-    """The device as train_net.py takes it; not for rows that start it, which it shall set up by itself."""
+    """The device, set up as train_net.py does. Rows that start train_net.py in a process leave it to that process."""
     prepare_cuda()
     return select_device(cfg.MODEL.DEVICE)
 

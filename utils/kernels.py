@@ -58,7 +58,8 @@ _collected = _Collected()
 
 
 def put_off(task: Callable[..., object], *args: Any) -> bool:
-    """Whether a task waits to be run beside the builds of `build_together`: within its `run`, and nowhere else."""
+    """Within the `run` of `build_together`, notes a task that shall run beside the builds and returns True. Elsewhere
+    it returns False, and the task is the caller's."""
     if _collected.builds is None:
         return False
     _collected.builds.setdefault((task, *args), partial(task, *args))

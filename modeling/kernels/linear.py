@@ -17,10 +17,11 @@ from utils.kernels import launch, tl, triton
 SUM = {"ROWS": 128, "C": 256, "R": 16}
 """Rows and columns that a program sums up, and the rows that it takes at a time."""
 MANY_ROWS, PARTS = 2048, 32
-"""Rows from which the gradients of small weights are summed up in parts of them, and how many parts at most."""
+"""Rows from which the gradients of small weights are summed up in parts of them, and how many parts at most where they
+are those of several layers."""
 FEW_WEIGHTS = 768 * 768
-"""Up to which a gradient that sums over as many rows leaves multiprocessors idle unless it is made in parts: 48 us in
-place of 55 (one H200, 24,768 rows)."""
+"""Weights of a layer up to which its gradient, a sum over as many rows, is made in parts, so that all multiprocessors
+have something to do: 48 us in place of 55 (one H200, 24,768 rows)."""
 TOTAL = {"R": 256, "C": 16}
 """Rows and columns that a program takes at a time as it sums up what others have."""
 
@@ -72,7 +73,7 @@ class _Linear(torch.autograd.Function):
 
 def weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_out.T @ x, of matrices or of batches of them, in another type, without rounding to that of the factors first
-    where torch can do so."""
+    where torch can do so. Of few weights and many rows it is made as the sum of two or three parts of the rows."""
     rows, few = x.shape[-2], grad_out.shape[-1] * x.shape[-1] <= FEW_WEIGHTS
     if x.dim() == 2 and few and rows >= MANY_ROWS and (parts := next((n for n in (2, 3) if rows % n == 0), 1)) > 1:
         return weight_gradient(grad_out.unflatten(0, (parts, -1)), x.unflatten(0, (parts, -1)), dtype).sum(0)
