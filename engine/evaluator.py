@@ -21,7 +21,7 @@ from engine.monitor import SelectionMonitor
 from modeling import ReIDModel
 from modeling.regions import is_compiled, uncompiled
 from modeling.sdtps import Selection
-from utils.distributed import from_main, gather_objects, gather_rows, is_main
+from utils.distributed import from_main, gather_objects, gather_rows, is_main, world_size
 from utils.errors import UserError
 from utils.files import read_json, save_text
 from utils.metrics import begin_ranking, rank_metrics
@@ -62,7 +62,9 @@ class Extraction:
     def join_ranks(self) -> None:
         """Brings what the ranks found on their shares to the main rank."""
         self.features = {name: [gather_rows(rows)] for name, rows in self.joined().items()}
-        self.kept = [kept for share in gather_objects([kept.cpu() for kept in self.kept]) for kept in share]
+        if world_size() > 1:
+            shares = gather_objects([kept.to("cpu") for kept in self.kept])
+            self.kept = [kept for share in shares for kept in share]
         if self.monitor is not None:
             self.monitor.join_ranks()
 
@@ -148,8 +150,8 @@ class Kept:
         fields = (images, selection.mask, selection.scores)
         return cls(*(torch.stack([values[m][i] for m in MODALITIES]) for values in fields))
 
-    def cpu(self) -> "Kept":
-        return Kept(self.images.cpu(), self.mask.cpu(), self.scores.cpu())
+    def to(self, device: torch.device | str) -> "Kept":
+        return Kept(self.images.to(device), self.mask.to(device), self.scores.to(device))
 
 
 def rank(cfg: CfgNode, features: Tensor, val: EvalLoader) -> dict[str, float]:
@@ -219,8 +221,9 @@ def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[i
     statistics = {f"feature_norm/{name}": norm for name, norm in zip(features, norms, strict=True)}
     if extraction.kept:
         mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
-        samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in extraction.kept]
-        pictures["selection"] = stack_samples(samples)
+        kept = [one.to(next(iter(features.values())).device) for one in extraction.kept]
+        samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in kept]
+        pictures["selection"] = stack_samples(samples).cpu()
     if monitor is not None:
         statistics |= monitor.read()
         share = monitor.cell_share()

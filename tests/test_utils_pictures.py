@@ -1,4 +1,5 @@
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.pictures import DARKENED, GAP, OUTLINE, draw_selection, draw_share, stack_samples
 
@@ -38,6 +39,14 @@ def test_panels_by_hand():
     expected[:, 9:15, 9:] = pixels[1, :, 9:15, 9:]
     torch.testing.assert_close(panel(picture, 1, 1, 32, 16), expected, rtol=0, atol=1 / 255)
     torch.testing.assert_close(panel(picture, 2, 1, 32, 16), pixels[2], rtol=0, atol=1 / 255)
+
+
+def test_they_are_drawn_where_the_images_are():
+    _, images, mask, scores = sample()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors of no card; mixed devices are refused
+        on_card = [torch.empty_like(x, device="cuda") for x in (images, mask, scores)]
+        picture = draw_selection(*on_card, (4, 2), MEAN, STD)
+        assert stack_samples([picture, picture]).device.type == "cuda"
 
 
 def test_higher_scores_are_brighter():

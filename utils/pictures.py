@@ -34,14 +34,14 @@ def draw_selection(
         grid: patches down and across, N = their product.
 
     Returns:
-        (3, M * H + gaps, 3 * W + gaps) uint8 on the CPU.
+        (3, M * H + gaps, 3 * W + gaps) uint8 on the images' device, which draws faster than many threads of a host.
     """
-    images, scores = images.float().cpu(), scores.float().cpu()
+    images, scores = images.float(), scores.float()
     modalities, _, *size = images.shape
-    pixels = (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
+    pixels = (images * _per_channel(std, images) + _per_channel(mean, images)).clamp(0, 1)
 
-    kept = F.interpolate(mask.cpu().float().view(modalities, 1, *grid), size=size)  # nearest: patches stay square
-    chosen = torch.where(_inner_edge(kept), _per_channel(OUTLINE), pixels * (DARKENED + (1 - DARKENED) * kept))
+    kept = F.interpolate(mask.float().view(modalities, 1, *grid), size=size)  # nearest: patches stay square
+    chosen = torch.where(_inner_edge(kept), _per_channel(OUTLINE, images), pixels * (DARKENED + (1 - DARKENED) * kept))
 
     low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
     heat = _colours((scores - low) / (high - low).clamp_min(1e-6)).view(modalities, *grid, 3).permute(0, 3, 1, 2)
@@ -79,13 +79,13 @@ def _inner_edge(kept: Tensor) -> Tensor:
     return (kept > 0) & (-F.max_pool2d(-kept, kernel_size=3, stride=1, padding=1) < 1)
 
 
-def _per_channel(values: tuple[float, float, float] | list[float]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
+def _per_channel(values: tuple[float, float, float] | list[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(3, 1, 1)
 
 
 def _colours(values: Tensor) -> Tensor:
     """Colours (..., 3) of values in [0, 1], linear between the stops of HEAT; what is not a number is the lowest."""
-    stops = torch.tensor(HEAT)
+    stops = values.new_tensor(HEAT)
     place = values.nan_to_num(0.0).clamp(0, 1) * (len(stops) - 1)
     below = place.long().clamp_max(len(stops) - 2)
     return torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
