@@ -47,6 +47,7 @@ class _NormOverRanks(torch.autograd.Function):
         rstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # of which there are none
         return torch.addcmul(bias, wide - mean, weight * rstd).to(x.dtype), mean, var
 
     @staticmethod
