@@ -108,7 +108,7 @@ def do_train(
     def keep_results() -> None:
         sections = {"before": results.get("before"), "last": results.get("last"), "best": state.best}
         known = {name: metrics for name, metrics in sections.items() if metrics}
-        writer.attempt("metrics.json", write_metrics, out / METRICS_FILE, **known)
+        writer.later("metrics.json", write_metrics, out / METRICS_FILE, **known)
 
     idle = idle_parameters(model, loss_fn, state.epoch + 1) if world_size() > 1 else []
     stream = recording_stream(cfg, model, idle)

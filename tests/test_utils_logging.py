@@ -130,6 +130,24 @@ def test_pictures_do_not_hold_up_the_run(tmp_path, monkeypatch):
     assert [image.step for image in images] == [1, 2]
 
 
+def test_what_comes_later_does_not_hold_up_the_run_and_is_there_in_the_end(tmp_path, caplog):
+    writer, gate, written = MetricsWriter(tmp_path), threading.Event(), []
+
+    def slow(name, *, failed=False):
+        assert gate.wait(10)
+        if failed:
+            raise OSError("no room")
+        written.append(name)
+
+    writer.later("a.json", slow, "first")
+    writer.later("a.json", slow, "second", failed=True)
+    writer.later("a.json", slow, "third")
+    assert not written
+    gate.set()
+    writer.close()
+    assert written == ["first", "third"] and caplog.text.count("a.json cannot be written (OSError: no room)") == 1
+
+
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise KeyboardInterrupt", "raise RuntimeError"])
 def test_a_process_that_ends_without_closing_has_its_pictures(tmp_path, end):
     script = "import sys, torch; from utils.logging import MetricsWriter; writer = MetricsWriter(sys.argv[1])\n"

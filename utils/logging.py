@@ -122,8 +122,8 @@ class MetricsWriter:
     appends; where it repeats steps, the later line counts. What cannot be written is told once and never stops the run;
     lines that found no room are written with the next one that does. Of several ranks, the main one writes.
 
-    Pictures are compressed and written by a thread, in their order; `close` waits for it, and so does the end of the
-    process.
+    Pictures, and what is given to `later`, are written by a thread, in their order; `close` waits for it, and so does
+    the end of the process.
 
     Args:
         output_dir: the folder of the run.
@@ -136,7 +136,7 @@ class MetricsWriter:
         self._complained: set[str] = set()
         self._unwritten = b""
         self._writes = is_main()
-        self._pictures = ThreadPoolExecutor(1, "pictures")
+        self._thread = ThreadPoolExecutor(1, "writer")
         self._excepthook = threading.excepthook
         self.attempt(str(self.path), self._open_lines)
         self.attempt("TensorBoard", self._open_board, Path(output_dir) / "tensorboard", resume_step)
@@ -156,11 +156,16 @@ class MetricsWriter:
         The picture must stay as it is until it is written.
         """
         path = self.path.parent / "pictures" / f"{tag}_epoch_{epoch:03d}.png"
-        self._pictures.submit(self._write_picture, tag, picture, step, path)
+        self._thread.submit(self._write_picture, tag, picture, step, path)
+
+    def later(self, what: str, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """`attempt` by the thread. A file that is made anew would wait for the disk, for 0.3 s and more, while a
+        checkpoint is on its way there; a line that is added does not."""
+        self._thread.submit(self.attempt, what, call, *args, **kwargs)
 
     def close(self) -> None:
         """Waits until all is written."""
-        self._pictures.shutdown()
+        self._thread.shutdown()
         if self._unwritten:
             self.attempt(str(self.path), self._append, "")
         self._on_board("close")
