@@ -71,8 +71,8 @@ def select_device(name: str = "auto") -> torch.device:
 
 EXTENDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Variables of torch's allocator. The first is read by every version, though 2.9 to 2.11 may call it deprecated: 2.9.1
-reads no other one for this (pytorch#183387)."""
+"""Variables of torch's allocator. The first is read by every version, though some, such as 2.9.1, call it deprecated:
+that one reads no other for this (pytorch#183387)."""
 _REGISTER = "NCCL_GRAPH_REGISTER"
 
 

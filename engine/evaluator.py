@@ -221,7 +221,8 @@ def _result(cfg: CfgNode, extraction: Extraction, val: EvalLoader, grid: tuple[i
     statistics = {f"feature_norm/{name}": norm for name, norm in zip(features, norms, strict=True)}
     if extraction.kept:
         mean_std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD)
-        kept = [one.to(next(iter(features.values())).device) for one in extraction.kept]
+        device = next(iter(features.values())).device  # its host would draw them by all its threads
+        kept = [one.to(device) for one in extraction.kept]
         samples = [draw_selection(k.images, k.mask, k.scores, grid, *mean_std) for k in kept]
         pictures["selection"] = stack_samples(samples).cpu()
     if monitor is not None:

@@ -24,7 +24,7 @@ from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
 from solver import create_scheduler, make_loss, make_optimizer
 from utils import distributed
-from utils.distributed import average
+from utils.distributed import average, gather_alike
 from utils.errors import Interrupted, UserError
 from utils.seed import seed_everything
 
@@ -139,6 +139,7 @@ def main(rank: int, world_size: int, port: int, folder: Path, config: str) -> No
     meters = Meters()
     meters.update({"a": torch.tensor(1.0 + 2 * rank), "b": torch.tensor(float("nan") if rank else 5.0)})
     found["meters"] = meters.read()
+    found["alike"] = gather_alike(torch.arange(3) + 10 * rank)
     found["average"] = {name: value.item() for name, value in average({"a": torch.tensor(1.0 + 2 * rank)}).items()}
     found["guard"] = guard_of_a_bad_rank(1)
     found["refusal"] = refusal(

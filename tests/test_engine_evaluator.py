@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import engine.evaluator
 import test_net
 import train_net
 from configs import load_cfg
@@ -54,6 +55,16 @@ def test_metrics_of_every_branch_against_loops(setup):
     assert 0 <= result.statistics["sdtps/agreement/RGB-TI"] <= 1
     assert result.pictures["selection"].dtype == torch.uint8 and result.pictures["selection"].shape[0] == 3
     assert result.pictures["kept_share"].shape == (3, 4 * 12, 3 * 2 * 12 + 2 * 2)
+
+
+def test_pictures_that_were_drawn_on_a_card_come_to_the_host(setup, monkeypatch):
+    class Drawn:
+        def cpu(self):
+            return "on the host"
+
+    monkeypatch.setattr(engine.evaluator, "stack_samples", lambda samples: Drawn())
+    cfg, model, data = setup()
+    assert evaluate(cfg, model, data.val, pictures=2).pictures["selection"] == "on the host"
 
 
 def test_one_pass_over_distinct_images(setup):

@@ -205,6 +205,7 @@ def test_evaluation_of_shares_is_that_of_the_whole(found, config):
 def test_meters_and_verdict_are_the_same_on_all_ranks(found):
     assert found[0]["meters"] == found[1]["meters"] == {"a": 2.0, "b": 5.0}
     assert found[0]["average"] == found[1]["average"] == {"a": 2.0}
+    assert all(rank["alike"].tolist() == [[0, 1, 2], [10, 11, 12]] for rank in found)
     assert found[0]["guard"] == found[1]["guard"]
     assert "step 7: the loss terms id/ori." in found[0]["guard"]
 

@@ -34,7 +34,7 @@ def draw_selection(
         grid: patches down and across, N = their product.
 
     Returns:
-        (3, M * H + gaps, 3 * W + gaps) uint8 on the images' device, which draws faster than many threads of a host.
+        (3, M * H + gaps, 3 * W + gaps) uint8 on the images' device.
     """
     images, scores = images.float(), scores.float()
     modalities, _, *size = images.shape
