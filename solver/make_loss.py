@@ -10,12 +10,13 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from modeling.regions import region
+from utils.distributed import gather_alike, share
 from utils.errors import UserError
 
 SMOOTHING = 0.1
 
 
-def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> Tensor:
+def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None, joined: bool = False) -> Tensor:
     """Batch-hard triplet loss (Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017).
 
     For each anchor, with d_ap its largest distance within its identity and d_an its smallest to another identity, the
@@ -29,6 +30,7 @@ def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> 
         features: (..., B, D); losses are apart for what stands before the batch.
         pid: (B,) integers.
         margin: the hinge's margin; None for the soft margin.
+        joined: the batch is that of all ranks, in equal parts, and every rank computes this: they share the distances.
 
     Returns:
         (...)
@@ -36,7 +38,7 @@ def triplet_loss(features: Tensor, pid: Tensor, margin: float | None = None) -> 
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         same = pid[:, None] == pid
-        distance = _Distances.apply(features)
+        distance = _joined_distances(features) if joined else _Distances.apply(features, False)
         d_ap = distance.masked_fill(~same, -math.inf).amax(dim=-1)
         d_an = distance.masked_fill(same, math.inf).amin(dim=-1)
         losses = F.softplus(d_ap - d_an) if margin is None else F.relu(d_ap - d_an + margin)
@@ -50,18 +52,28 @@ class _Distances(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:  # type: ignore[override]
-        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    def forward(ctx: Any, features: Tensor, joined: bool) -> Tensor:  # type: ignore[override]
+        own = share(features.shape[-2]) if joined else range(features.shape[-2])
+        rows = features[..., own.start : own.stop, :]
+        distance = torch.cdist(rows, features, compute_mode="donot_use_mm_for_euclid_dist")
+        if joined:
+            distance = gather_alike(distance.movedim(-2, 0)).flatten(0, 1).movedim(0, -2)
         ctx.save_for_backward(features, distance)
         return distance
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         features, distance = ctx.saved_tensors
         pull = torch.where(distance > 0, grad / distance, 0.0)
         pull = pull + pull.mT
         features = features - features.mean(-2, keepdim=True)  # their differences are exact where they lie close
-        return pull.sum(-1, keepdim=True) * features - pull @ features
+        return pull.sum(-1, keepdim=True) * features - pull @ features, None
+
+
+@torch.compiler.disable
+def _joined_distances(features: Tensor) -> Tensor:
+    """Each rank computes the rows of its own part: of R ranks, the whole would be R^2 times what one of them needs."""
+    return _Distances.apply(features, True)
 
 
 def make_loss(cfg: CfgNode, num_classes: int) -> "ReIDLoss":
@@ -131,15 +143,15 @@ class ReIDLoss:
         features, pids = mined or (output.features, pid)
         losses: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        for name, own_weight, function, tensors, labels in (
-            ("id", self.id_weight, self._identity_losses, output.logits, pid),
-            ("triplet", self.triplet_weight, self._triplet_losses, features, pids),
+        for name, own_weight, function, tensors, more in (
+            ("id", self.id_weight, self._identity_losses, output.logits, (pid,)),
+            ("triplet", self.triplet_weight, self._triplet_losses, features, (pids, mined is not None)),
         ):
             own = {head: own_weight * self.branch_weight(head, epoch) for head in output.logits}
             kinds = {head: (own[head] > 0, tensors[head].dtype, tensors[head].shape) for head in own}
             for heads in _alike(kinds):
                 with torch.set_grad_enabled(own[heads[0]] > 0 and torch.is_grad_enabled()):
-                    found = function(torch.stack([tensors[head] for head in heads]), labels)
+                    found = function(torch.stack([tensors[head] for head in heads]), *more)
                 losses.update(zip([f"{name}/{head}" for head in heads], found, strict=True))
             weights.update({f"{name}/{head}": weight for head, weight in own.items()})
         terms = {f"{name}/{head}": losses[f"{name}/{head}"].detach() for head in own for name in ("id", "triplet")}
@@ -176,9 +188,9 @@ class ReIDLoss:
         return losses.unflatten(0, logits.shape[:2]).mean(1)
 
     @region
-    def _triplet_losses(self, features: Tensor, pid: Tensor) -> Tensor:
+    def _triplet_losses(self, features: Tensor, pid: Tensor, joined: bool) -> Tensor:
         """Features of some heads (G, B, D) -> (G,)."""
-        return triplet_loss(features, pid, self.margin)
+        return triplet_loss(features, pid, self.margin, joined)
 
 
 def _alike(kinds: dict[str, Any]) -> list[list[str]]:

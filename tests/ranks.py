@@ -6,6 +6,7 @@
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from engine.meters import Meters
 from engine.parallel import parallel
 from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
-from solver import create_scheduler, make_loss, make_optimizer
+from solver import create_scheduler, make_loss, make_optimizer, triplet_loss
 from utils import distributed
 from utils.distributed import average, gather_alike
 from utils.errors import Interrupted, UserError
@@ -75,6 +76,16 @@ def batch_of_eight() -> tuple[torch.Tensor, torch.Tensor]:
     """Values far from zero, where a variance is easily lost; and what the loss makes of each."""
     generator = torch.Generator().manual_seed(1)
     return 100 + torch.randn(8, 5, generator=generator), torch.randn(8, 5, generator=generator)
+
+
+def triplets(joined: bool) -> tuple[int, list[torch.Tensor]]:
+    """Of how many samples distances were computed here; losses and gradient of two heads' features of 12 samples."""
+    features = torch.randn(2, 12, 7, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    with mock.patch.object(torch, "cdist", side_effect=torch.cdist) as cdist:
+        triplet_loss(features, torch.arange(12) // 3, joined=joined)
+    (call,) = cdist.call_args_list
+    losses = torch.compile(triplet_loss, backend="eager")(features, torch.arange(12) // 3, joined=joined)
+    return call.args[0].shape[-2], [losses.detach(), *torch.autograd.grad(losses.sum(), features)]
 
 
 def guard_of_a_bad_rank(bad_rank: int) -> str:
@@ -141,6 +152,7 @@ def main(rank: int, world_size: int, port: int, folder: Path, config: str) -> No
     found["meters"] = meters.read()
     found["alike"] = gather_alike(torch.arange(3) + 10 * rank)
     found["average"] = {name: value.item() for name, value in average({"a": torch.tensor(1.0 + 2 * rank)}).items()}
+    found["triplets"] = triplets(joined=True)
     found["guard"] = guard_of_a_bad_rank(1)
     found["refusal"] = refusal(
         config, "SOLVER.IMS_PER_BATCH", "15", "SOLVER.ACCUMULATION", "5", "DATALOADER.NUM_INSTANCE", "1"

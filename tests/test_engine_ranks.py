@@ -153,6 +153,14 @@ def test_alone_it_is_batch_norm_and_compiles_in_one_piece():
     torch.compile(norm, backend="eager", fullgraph=True)(x)
 
 
+def test_ranks_share_the_distances_of_the_joined_batch(found):
+    number, expected = ranks.triplets(joined=False)
+    assert number == 12
+    for number, values in (rank["triplets"] for rank in found):
+        assert number == 6
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+
+
 # which card
 
 
