@@ -187,7 +187,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "MIN_LR_FACTOR": Key(0.001, "share of the rate at which the cosine ends", within="[0, 1]"),
         "SEED": Key(1111, "seed of every random draw", within="[0, 4294967295]"),
         "CHECKPOINT_PERIOD": Key(
-            10, "epochs between numbered checkpoints; last.pth is written in every one", within=_COUNT
+            10,
+            "epochs between numbered checkpoints; last.pth is written after every one for which the disk is ready",
+            within=_COUNT,
         ),
         "KEEP_CHECKPOINTS": Key(
             0,

@@ -46,6 +46,11 @@ class CheckpointWriter:
             except Exception as error:
                 log.error("%s", error)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a write is under way, for which the next call of `save` would wait."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, state: dict[str, Any], path: Path, *also: Path, surplus: Sequence[Path] = ()) -> None:
         """Takes a snapshot and has it written to `path`, then under the names `also`; afterwards `surplus` is removed.
 

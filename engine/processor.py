@@ -173,7 +173,8 @@ def do_train(
                     copies.append(out / f"{cfg.MODEL.NAME}best.pth")
                 keep_results()
             evaluated = time.perf_counter()
-            state.save(files, out / LAST, *copies)
+            if copies or epoch == s.MAX_EPOCHS or not from_main(lambda: files.busy):  # training does not wait for LAST
+                state.save(files, out / LAST, *copies)
             saved = time.perf_counter()
             spent = {"train": trained - begin, "evaluation": evaluated - trained, "save": saved - evaluated}
             writer.scalars(state.global_step, epoch, spent, kind="seconds")

@@ -102,13 +102,17 @@ def test_the_file_holds_the_moment_of_the_call(tmp_path, gate):
 
 def test_one_write_at_a_time_and_none_is_left_out(tmp_path, gate):
     with CheckpointWriter() as writer:
+        assert not writer.busy
         writer.save(make_state(1)[1], tmp_path / "last.pth", tmp_path / "DeMo_1.pth")
+        assert writer.busy
         begin = time.perf_counter()
         threading.Timer(0.2, gate.set).start()
         writer.save(make_state(2)[1], tmp_path / "last.pth", tmp_path / "DeMo_2.pth")
         assert time.perf_counter() - begin > 0.15  # it waited for the first
         writer.save(make_state(3)[1], tmp_path / "last.pth")
         assert len(checkpoint_threads()) <= 1
+        writer.finish()
+        assert not writer.busy
     assert [read_file(tmp_path / f"{name}.pth")["step"] for name in ("DeMo_1", "DeMo_2", "last")] == [1, 2, 3]
 
 

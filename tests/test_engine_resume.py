@@ -14,6 +14,8 @@ from reference import REFERENCE, reference_weight
 
 import train_net
 from engine import processor
+from engine.background import CheckpointWriter
+from engine.checkpoint import TrainState
 from engine.interrupt import StopRequest
 from utils.checkpoint import read_file
 from utils.errors import Interrupted, UserError
@@ -100,6 +102,26 @@ def test_six_epochs_are_three_and_three(tiny_yaml, tmp_path):
     assert {p.name for p in (parts / "superseded").glob("*.pth")} >= {"last.pth", "DeMo_4.pth", "DeMo_6.pth"}
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["kind"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_training_does_not_wait_for_the_disk_with_what_only_goes_on_from(tiny_yaml, tmp_path, monkeypatch):
+    """While the disk is busy, no epoch writes last.pth alone: numbered, best and final ones are written all the same."""
+    opts = ["SOLVER.MAX_EPOCHS", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.EVAL_PERIOD", "3"]
+    save, saved = TrainState.save, []
+
+    def note(state, writer, path, *also):
+        saved.append((state.epoch, sorted(other.name for other in also)))
+        save(state, writer, path, *also)
+
+    monkeypatch.setattr(TrainState, "save", note)
+    monkeypatch.setattr(processor, "_score", lambda metrics: metrics["epoch"])  # every evaluation is the best so far
+    for busy in (False, True):
+        monkeypatch.setattr(CheckpointWriter, "busy", busy)
+        saved.clear()
+        train(tiny_yaml, *opts, "OUTPUT_DIR", f"{tmp_path}/{busy}")
+        kept = [(2, ["DeMo_2.pth"]), (3, ["DeMobest.pth"]), (4, ["DeMo_4.pth"]), (5, ["DeMobest.pth"])]
+        assert saved == ([] if busy else [(1, [])]) + kept
+    assert_same_state(tmp_path / "False" / "last.pth", tmp_path / "True" / "last.pth")
 
 
 def test_sigterm_in_the_middle_of_an_epoch_and_on(tiny_yaml, tmp_path):
