@@ -105,7 +105,7 @@ def test_six_epochs_are_three_and_three(tiny_yaml, tmp_path):
 
 
 def test_training_does_not_wait_for_the_disk_with_what_only_goes_on_from(tiny_yaml, tmp_path, monkeypatch):
-    """While the disk is busy, no epoch writes last.pth alone: numbered, best and final ones are written all the same."""
+    """While the disk is busy, no epoch writes last.pth alone; numbered, best and final ones are written anyway."""
     opts = ["SOLVER.MAX_EPOCHS", "5", "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.EVAL_PERIOD", "3"]
     save, saved = TrainState.save, []
 
