@@ -131,7 +131,7 @@ class ReIDLoss:
             output: has `logits`, head -> (B, num_classes), and `features`, which holds (B, D) under the same names.
             pid: (B,) labels from 0.
             mined: features and labels of the batch in which triplets are sought, where that is more than this one:
-                the joined batch of all ranks.
+                the joined batch of all ranks, all of which call.
 
         Returns:
             total: scalar, attached to the graph.

@@ -114,12 +114,12 @@ def test_training_does_not_wait_for_the_disk_with_what_only_goes_on_from(tiny_ya
         save(state, writer, path, *also)
 
     monkeypatch.setattr(TrainState, "save", note)
-    monkeypatch.setattr(processor, "_score", lambda metrics: metrics["epoch"])  # every evaluation is the best so far
+    monkeypatch.setattr(processor, "_score", lambda metrics: metrics["epoch"] == 3)
     for busy in (False, True):
         monkeypatch.setattr(CheckpointWriter, "busy", busy)
         saved.clear()
         train(tiny_yaml, *opts, "OUTPUT_DIR", f"{tmp_path}/{busy}")
-        kept = [(2, ["DeMo_2.pth"]), (3, ["DeMobest.pth"]), (4, ["DeMo_4.pth"]), (5, ["DeMobest.pth"])]
+        kept = [(2, ["DeMo_2.pth"]), (3, ["DeMobest.pth"]), (4, ["DeMo_4.pth"]), (5, [])]
         assert saved == ([] if busy else [(1, [])]) + kept
     assert_same_state(tmp_path / "False" / "last.pth", tmp_path / "True" / "last.pth")
 
