@@ -6,6 +6,7 @@
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -24,7 +25,7 @@ from engine.meters import Meters
 from engine.parallel import parallel
 from modeling import make_model
 from modeling.batch_norm import SyncedBatchNorm1d
-from solver import create_scheduler, make_loss, make_optimizer, triplet_loss
+from solver import ReIDLoss, create_scheduler, make_loss, make_optimizer, triplet_loss
 from utils import distributed
 from utils.distributed import average, gather_alike
 from utils.errors import Interrupted, UserError
@@ -79,14 +80,26 @@ def batch_of_eight() -> tuple[torch.Tensor, torch.Tensor]:
     return 100 + torch.randn(8, 5, generator=generator), torch.randn(8, 5, generator=generator)
 
 
-def triplets(joined: bool) -> tuple[int, list[torch.Tensor]]:
-    """Of how many samples distances were computed here; losses and gradient of two heads' features of 12 samples."""
+def triplets(joined: bool) -> tuple[int, list[str], list[torch.Tensor]]:
+    """Of two heads' features of 12 samples: of how many the loss computed distances here, the operations that the
+    compiler took, and what it found: triplet losses and their gradient."""
     features = torch.randn(2, 12, 7, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    pid = torch.arange(12) // 3
+    output = SimpleNamespace(
+        features=dict(zip("ab", features, strict=True)), logits=dict.fromkeys("ab", torch.zeros(12, 4))
+    )
     with mock.patch.object(torch, "cdist", side_effect=torch.cdist) as cdist:
-        triplet_loss(features, torch.arange(12) // 3, joined=joined)
+        ReIDLoss(4)(output, pid, 1, (output.features, pid) if joined else None)
     (call,) = cdist.call_args_list
-    losses = torch.compile(triplet_loss, backend="eager")(features, torch.arange(12) // 3, joined=joined)
-    return call.args[0].shape[-2], [losses.detach(), *torch.autograd.grad(losses.sum(), features)]
+    operations = []
+
+    def note(graph, inputs):
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        operations.extend(str(node.target) for part in parts for node in part.graph.nodes)
+        return graph.forward
+
+    losses = torch.compile(triplet_loss, backend=note)(features, pid, joined=joined)
+    return call.args[0].shape[-2], operations, [losses.detach(), *torch.autograd.grad(losses.sum(), features)]
 
 
 def guard_of_a_bad_rank(bad_rank: int) -> str:
